@@ -1,0 +1,1 @@
+"""The edge half of each algorithm: what a device does with an instruction."""

@@ -1,0 +1,164 @@
+"""What every client does alike: join, be measured, and train the reference that never exchanges."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TypeAlias
+
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.clientapp.typing import ClientAppCallable
+
+from clients import memory
+from clients.edge import ALONE, OWN, Edge, edge_of
+from fedkit import __version__
+from fedkit.data.samples import Samples
+from fedkit.models.build import build_model, parameter_count
+from fedkit.models.measure import measure
+from fedkit.seeds import derive
+
+LocalWork: TypeAlias = Callable[[Edge, Context, str, ConfigRecord], float]
+
+
+def client_app(local_work: LocalWork) -> ClientApp:
+    """A Flower ``ClientApp`` with the handlers that all strategies share.
+
+    Args:
+        local_work: ``(edge, context, slot, config) -> loss``: the private training of one round on
+            the model in ``slot``; the reference does this and nothing else.
+    """
+    app = ClientApp(mods=[_timed, _seeded])
+
+    @app.query("join")
+    def join(message: Message, context: Context) -> Message:
+        """Load everything, and tell what the federation must agree on."""
+        edge = edge_of(context)
+        facts = ConfigRecord(
+            {
+                "client": edge.client,
+                "model": edge.model_name,
+                "device": str(edge.device),
+                "public-digest": edge.data.public_digest,
+                "partition-digest": edge.data.partition_digest,
+                "classes": list(edge.data.dataset.classes),
+                "version": __version__,
+            }
+        )
+        sizes = MetricRecord(
+            {
+                "num-examples": len(edge.private.train),
+                "shard-examples": len(edge.data.shards[edge.client]),
+                "parameters": parameter_count(edge.own),
+            }
+        )
+        return Message(RecordDict({"join": facts, "metrics": sizes}), reply_to=message)
+
+    @app.train("alone")
+    def alone(message: Message, context: Context) -> Message:
+        """One round of local work on the reference."""
+        edge = edge_of(context)
+        config = message.content.config_records["config"]
+        loss = local_work(edge, context, ALONE, config)
+        return reply(message, edge, {"alone_train_loss": loss})
+
+    @app.evaluate()
+    def evaluate(message: Message, context: Context) -> Message:
+        """Accuracy and loss of each model that this client has on each data set."""
+        edge = edge_of(context)
+        config = message.content.config_records["config"]
+        samples = int(str(config["eval-samples"]))
+        arrays = message.content.array_records.get("arrays")
+        metrics: dict[str, float] = {}
+        if arrays is None:
+            metrics |= _measures(edge, OWN, edge.own, samples, on_global_test=True)
+        else:
+            # The server measures the global model on the common test set, once for everybody.
+            model = global_model(edge, arrays)
+            metrics |= _measures(edge, "global", model, samples, on_global_test=False)
+        if ALONE in edge.models:
+            metrics |= _measures(edge, ALONE, edge.models[ALONE], samples, on_global_test=True)
+        return reply(message, edge, metrics)
+
+    return app
+
+
+def reply(
+    message: Message,
+    edge: Edge,
+    metrics: dict[str, float],
+    records: dict[str, ArrayRecord | ConfigRecord] | None = None,
+) -> Message:
+    """A reply with its metrics (one ``MetricRecord``, as Flower's strategies want it)."""
+    content = RecordDict(dict(records or {}))
+    content["metrics"] = MetricRecord({"num-examples": len(edge.private.train), **metrics})
+    return Message(content, reply_to=message)
+
+
+def global_model(edge: Edge, arrays: ArrayRecord) -> torch.nn.Module:
+    """The federation's global model with the given weights, on this client's device."""
+    model = build_model(edge.settings.model, edge.data.shape, edge.outputs, edge.settings.seed)
+    model.load_state_dict(arrays.to_torch_state_dict())
+    return model.to(edge.device)
+
+
+def keep(edge: Edge, context: Context, slot: str) -> None:
+    """Put the model in ``slot`` into the state that survives."""
+    memory.keep_model(context, slot, edge.models[slot])
+
+
+def _measures(
+    edge: Edge, whose: str, model: torch.nn.Module, samples: int, *, on_global_test: bool
+) -> dict[str, float]:
+    sets = {
+        "own_train": edge.private.train,
+        "own_val": edge.private.val,
+        "own_test": edge.private.test,
+    }
+    if on_global_test:
+        sets["global_test"] = edge.global_test
+    metrics: dict[str, float] = {}
+    for name, data in sets.items():
+        if not len(data):
+            continue
+        part = _bounded(edge, data, samples)
+        accuracy, loss = measure(model, part)
+        prefix = f"{whose}_model/{name}"
+        metrics |= {
+            f"{prefix}/accuracy": accuracy,
+            f"{prefix}/loss": loss,
+            f"{prefix}/n": len(part),
+        }
+    return metrics
+
+
+def _bounded(edge: Edge, data: Samples, samples: int) -> Samples:
+    if not 0 < samples < len(data):
+        return data
+    # The same samples in every round, so that the curve shows the model and not the draw.
+    order = torch.randperm(len(data), generator=edge.generator("evaluation subset", -1))
+    return data.take(order[:samples].sort().values)
+
+
+def _timed(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
+    """A Flower mod: tell how long the work took, on the wall and in CPU time."""
+    started = time.perf_counter()
+    answer = call_next(message, context)
+    if answer.has_content():
+        answer.content["timing"] = ConfigRecord(
+            {
+                "seconds": time.perf_counter() - started,
+                "cpu-seconds": time.process_time(),
+            }
+        )
+    return answer
+
+
+def _seeded(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
+    """A Flower mod: what draws from torch's own generator (dropout) repeats too."""
+    seed = int(context.run_config["seed"])
+    round = message.metadata.group_id or "0"
+    purpose = f"{message.metadata.message_type}/{round}"
+    torch.manual_seed(derive(seed, purpose, int(context.node_config["partition-id"])))
+    return call_next(message, context)

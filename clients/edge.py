@@ -1,0 +1,139 @@
+"""The device's side of a federation: its shard, its models, its place among the clients."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+
+import torch
+from flwr.app import Context
+from torch import nn
+
+from clients import memory
+from fedkit.data.samples import Samples
+from fedkit.data.splits import ClientData, FederatedData, cut
+from fedkit.errors import FedkitError
+from fedkit.models.build import build_model
+from fedkit.seeds import torch_generator
+from fedkit.settings import DataSettings, FederationSettings, build
+
+OWN, ALONE = "own", "alone"
+
+
+@dataclass
+class Edge:
+    """What a client holds in memory between instructions.
+
+    Attributes:
+        settings: the federation's settings.
+        client: the client's index, which is its shard.
+        model_name: the architecture of its models.
+        data: the data set as this federation cuts it.
+        private: the client's own shard, on the device.
+        public: the public set, on the device.
+        global_test: the common test set, on the device.
+        models: ``own``, and ``alone`` where a reference is wanted.
+        outputs: number of logits.
+    """
+
+    settings: FederationSettings
+    client: int
+    model_name: str
+    device: torch.device
+    data: FederatedData
+    private: ClientData
+    public: Samples
+    global_test: Samples
+    outputs: int
+    models: dict[str, nn.Module] = field(default_factory=dict)
+
+    @property
+    def own(self) -> nn.Module:
+        """The client's own model."""
+        return self.models[OWN]
+
+    def start_alone(self, context: Context) -> None:
+        """Let the reference start (again) from where the own model is now, optimisers included."""
+        if not self.settings.alone:
+            return
+        self.models[ALONE] = copy.deepcopy(self.own)
+        memory.keep_model(context, ALONE, self.own)
+        for name in list(context.state):
+            if name.startswith(f"{OWN}-") and name.endswith("-optimiser"):
+                context.state[ALONE + name.removeprefix(OWN)] = context.state[name]
+
+    def generator(self, purpose: str, round: int) -> torch.Generator:
+        """This client's generator for one purpose in one round."""
+        return torch_generator(self.settings.seed, purpose, self.client, round)
+
+
+def edge_of(context: Context) -> Edge:
+    """The live edge of this context: built, or rebuilt from the context's state, on first use.
+
+    Raises:
+        FedkitError: data are missing, or the shard or the device does not exist.
+    """
+    live = getattr(context, "_fedkit_edge", None)
+    if not isinstance(live, Edge):
+        live = _build(context)
+        # Kept on the context itself, so that it lives exactly as long.
+        context._fedkit_edge = live  # type: ignore[attr-defined]
+    return live
+
+
+def pick_device(name: str) -> torch.device:
+    """The torch device for ``auto``, ``cpu``, ``cuda``, ``cuda:1`` or ``mps``.
+
+    Raises:
+        FedkitError: that device is not on this machine.
+    """
+    mps = torch.backends.mps.is_available()
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
+    kind, _, number = name.partition(":")
+    count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(mps)}.get(kind, 0)
+    if not count or (number and (not number.isdigit() or int(number) >= count)):
+        raise FedkitError(f"There is no device {name!r} on this machine: try --device cpu.")
+    return torch.device(name)
+
+
+def _build(context: Context) -> Edge:
+    settings = build(FederationSettings, context.run_config)
+    node = context.node_config
+    torch.set_num_threads(settings.threads)
+    client = int(node["partition-id"])
+    device = pick_device(str(node.get("device", "auto")))
+    sources = DataSettings(
+        str(node.get("data-root", "")), bool(node.get("allow-checksum-mismatch", False))
+    )
+    data = cut(settings, sources)
+    shard = data.shard(client)
+    edge = Edge(
+        settings=settings,
+        client=client,
+        model_name=str(node.get("model") or settings.model),
+        device=device,
+        data=data,
+        private=ClientData(shard.train.to(device), shard.val.to(device), shard.test.to(device)),
+        public=data.public.to(device),
+        global_test=data.dataset.test.to(device),
+        outputs=data.outputs,
+    )
+    slots = (OWN, ALONE) if settings.alone else (OWN,)
+    for slot in slots:
+        model = build_model(edge.model_name, data.shape, edge.outputs, settings.seed, client)
+        memory.recall_model(context, slot, model)
+        edge.models[slot] = model.to(device)
+    _try_one_batch(edge)
+    return edge
+
+
+def _try_one_batch(edge: Edge) -> None:
+    edge.own.eval()
+    with torch.inference_mode():
+        logits = edge.own(edge.private.train.inputs(slice(0, 2)))
+    if logits.dim() != 2 or logits.shape[1] != edge.outputs or not logits.isfinite().all():
+        raise FedkitError(
+            f"The model {edge.model_name} gives {tuple(logits.shape)} for two images "
+            f"instead of (2, {edge.outputs}) finite logits."
+        )

@@ -1,0 +1,51 @@
+"""What a client remembers between instructions, as records of Flower's ``Context.state``.
+
+``Context.state`` is the only contract: the engine persists it, and a restarted client is rebuilt from
+it. Optimiser states are flattened to named arrays, so that nothing is pickled.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from flwr.app import Array, ArrayRecord, Context
+from torch import nn
+
+
+def keep_model(context: Context, name: str, model: nn.Module) -> None:
+    """Put a model's parameters and buffers into the state, as ``NAME-model``."""
+    context.state[f"{name}-model"] = ArrayRecord(model.state_dict())
+
+
+def recall_model(context: Context, name: str, model: nn.Module) -> None:
+    """Load a model from the state, if it is there."""
+    record = context.state.get(f"{name}-model")
+    if isinstance(record, ArrayRecord):
+        model.load_state_dict(record.to_torch_state_dict())
+
+
+def keep_optimiser(context: Context, name: str, optimiser: torch.optim.Optimizer) -> None:
+    """Put an optimiser's moments into the state, as ``NAME-optimiser``."""
+    state: dict[int, dict[str, Any]] = optimiser.state_dict()["state"]
+    context.state[f"{name}-optimiser"] = ArrayRecord(
+        {
+            f"{index}/{moment}": Array(torch.as_tensor(value).cpu().numpy())
+            for index, moments in state.items()
+            for moment, value in moments.items()
+            if value is not None
+        }
+    )
+
+
+def recall_optimiser(context: Context, name: str, optimiser: torch.optim.Optimizer) -> None:
+    """Give an optimiser the moments that the state holds, if any."""
+    record = context.state.get(f"{name}-optimiser")
+    if not isinstance(record, ArrayRecord):
+        return
+    state: dict[int, dict[str, torch.Tensor]] = {}
+    for key, array in record.items():
+        index, _, moment = key.partition("/")
+        state.setdefault(int(index), {})[moment] = torch.from_numpy(array.numpy())
+    groups = optimiser.state_dict()["param_groups"]
+    optimiser.load_state_dict({"state": state, "param_groups": groups})

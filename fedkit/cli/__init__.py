@@ -1,0 +1,1 @@
+"""The command line: what was typed becomes settings, and an engine runs them."""

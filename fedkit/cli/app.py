@@ -1,0 +1,126 @@
+"""``fedkit``: the commands, and how an error becomes one sentence and an exit code."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from fedkit import __version__
+from fedkit.errors import FedkitError
+
+app = typer.Typer(
+    name="fedkit",
+    help="Federated learning between devices with different neural networks.",
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    epilog="Start with: fedkit run --strategy ktpfl --clients 4",
+)
+_debug = False
+quiet = False
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"fedkit {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Print the version.", callback=_print_version, is_eager=True
+        ),
+    ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show tracebacks and everything that is logged.")
+    ] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Tell what happens in more detail.")
+    ] = False,
+    silent: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Tell only results and what goes wrong.")
+    ] = False,
+) -> None:
+    """Federated learning between devices with different neural networks."""
+    global _debug, quiet
+    _debug, quiet = debug, silent
+    level = logging.DEBUG if debug else logging.INFO if verbose else logging.WARNING
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("fedkit").setLevel(level)
+    logging.getLogger("flwr").setLevel(logging.DEBUG if debug else logging.ERROR)
+    logging.captureWarnings(True)
+
+
+def main() -> None:
+    """Run the command line; every error is one sentence on stderr, unless ``--debug``."""
+    from fedkit.cli import client, listing, run, server
+
+    for module in (run, server, client, listing):
+        module.register(app)
+    signal.signal(signal.SIGTERM, _on_sigterm)
+    try:
+        status = _command().main(standalone_mode=False)
+    except FedkitError as error:
+        _fail(str(error), error.exit_code, error)
+    except KeyboardInterrupt:
+        _fail("Stopped.", 130, None)
+    except Exception as error:
+        status = _other(error)
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+def say_goodbye_to_parent() -> None:
+    """Under `fedkit run`: end when the parent is gone, however it went (its end of stdin closes)."""
+    if not os.environ.get("FEDKIT_EXIT_WITH_PARENT"):
+        return
+    import threading
+
+    def watch() -> None:
+        # The bare descriptor: Python's own stdin holds a lock that must be free when it exits.
+        while os.read(0, 1024):
+            continue
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, name="parent", daemon=True).start()
+
+
+def _command() -> Any:
+    return typer.main.get_command(app)
+
+
+def _on_sigterm(number: int, frame: object) -> None:
+    # The same way out as Ctrl-C: everything is cleaned up, the result so far is written.
+    raise KeyboardInterrupt
+
+
+def _other(error: Exception) -> int:
+    import click
+
+    if isinstance(error, click.exceptions.Abort):
+        _fail("Stopped.", 130, None)
+    if isinstance(error, click.ClickException):
+        text = error.format_message()
+        _fail(text if text.endswith(".") else f"{text}.", error.exit_code, error)
+    _fail(
+        f"fedkit's own code failed with {type(error).__name__}: {error}; --debug shows where.",
+        1,
+        error,
+    )
+
+
+def _fail(sentence: str, status: int, error: Exception | None) -> NoReturn:
+    if _debug and error is not None:
+        import traceback
+
+        traceback.print_exception(error)
+    print(f"Error: {sentence}", file=sys.stderr, flush=True)
+    sys.exit(status)

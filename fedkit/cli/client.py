@@ -1,0 +1,122 @@
+"""``fedkit client``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fedkit.cli.options import with_settings
+from fedkit.errors import UsageError
+from fedkit.settings import DataSettings
+
+EXAMPLES = """Examples:
+
+  fedkit client --model resnet18 --data-shard 3
+
+  fedkit client --model lenet --data-shard auto --server 10.0.0.5:8090 --state-dir /var/lib/fedkit
+"""
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command(epilog=EXAMPLES)(client)
+
+
+@with_settings(DataSettings)
+def client(
+    model: Annotated[
+        str | None,
+        typer.Option(help="Its network: see `fedkit list models`.  [default: the federation's]"),
+    ] = None,
+    data_shard: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NUMBER|auto",
+            help="Which shard of the data set it holds, counted from 0; auto takes a free one.",
+        ),
+    ] = None,
+    server: Annotated[
+        str, typer.Option(metavar="HOST:PORT", help="Where the server listens.")
+    ] = "127.0.0.1:8090",
+    dataset: Annotated[
+        str | None, typer.Option(help="Refuse a federation on another data set.")
+    ] = None,
+    partition: Annotated[
+        str | None,
+        typer.Option(help="Refuse a federation that deals data otherwise, e.g. dirichlet:0.5."),
+    ] = None,
+    num_shards: Annotated[
+        int | None, typer.Option(help="Refuse a federation with another number of shards.")
+    ] = None,
+    device: Annotated[
+        str, typer.Option(help="Where it computes: auto, cpu, cuda, cuda:I or mps.")
+    ] = "auto",
+    state_dir: Annotated[
+        Path | None,
+        typer.Option(
+            help="Where it keeps its identity and its model.  [default: fedkit-state/shard-NUMBER]",
+            show_default=False,
+        ),
+    ] = None,
+    max_wait_time: Annotated[
+        float,
+        typer.Option(min=0, help="Go on trying to reach the server for so many seconds."),
+    ] = 30.0,
+    *,
+    settings: dict[str, Any],
+) -> None:
+    """Take part in a federation as one device; every other setting comes from the server."""
+    from fedkit.cli.app import quiet, say_goodbye_to_parent
+    from fedkit.engine.client import Client, ClientPlan
+    from fedkit.registry import check
+    from fedkit.settings import build
+
+    say_goodbye_to_parent()
+    if model is not None:
+        check("models", model)
+    if dataset is not None:
+        check("datasets", dataset)
+    if partition is not None:
+        check("partitions", partition)
+    plan = ClientPlan(
+        server=_address(server),
+        shard=_shard(data_shard),
+        model=model,
+        device=device,
+        state_dir=state_dir,
+        expected={"dataset": dataset, "partition": partition, "num-shards": num_shards},
+        data=build(DataSettings, settings),
+        max_wait=max_wait_time,
+    )
+    one = Client(plan)
+    goodbye = one.run()
+    if not quiet:
+        print(goodbye)
+        if one.model_path:
+            print(f"The model is in {one.model_path}.")
+
+
+def _address(text: str) -> str:
+    host, colon, port = text.rpartition(":")
+    if not colon or not host or not port.isdigit() or not 0 < int(port) < 65536:
+        raise UsageError(f"--server takes HOST:PORT, as in 127.0.0.1:8090, not {text!r}.")
+    return text
+
+
+def _shard(text: str | None) -> int | None:
+    if text is None:
+        raise UsageError(
+            "Which shard of the data set does this client hold? Give --data-shard NUMBER, or "
+            "--data-shard auto for the next free one."
+        )
+    if text == "auto":
+        return None
+    try:
+        number = int(text)
+    except ValueError:
+        raise UsageError(f"--data-shard takes a number or auto, not {text!r}.") from None
+    if number < 0:
+        raise UsageError(f"Shards count from 0: there is no shard {number}.")
+    return number

@@ -1,0 +1,85 @@
+"""``fedkit list``."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from dataclasses import fields
+from typing import Annotated, Any
+
+import typer
+
+from fedkit.errors import UsageError
+from fedkit.registry import KINDS, load, names, suggest
+
+EXAMPLES = """Examples:
+
+  fedkit list models
+
+  fedkit list settings ktpfl
+
+  fedkit list partitions --format json
+"""
+SHOWN = [kind for kind in KINDS if kind != "clients"]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("list", epilog=EXAMPLES)(list_names)
+
+
+def list_names(
+    kind: Annotated[str, typer.Argument(help=f"One of {', '.join(SHOWN)}, settings.")],
+    strategy: Annotated[
+        str, typer.Argument(help="With settings: the strategy whose hyper-parameters to show.")
+    ] = "ktpfl",
+    format: Annotated[str, typer.Option(help="text or json.")] = "text",
+) -> None:
+    """Tell what there is, one line each, plug-ins included."""
+    if format not in ("text", "json"):
+        raise UsageError(f"--format takes text or json, not {format!r}.")
+    if kind == "settings":
+        rows = _settings(strategy)
+    elif kind in SHOWN:
+        rows = [{"name": name, "about": _about(load(kind, name))} for name in names(kind)]
+    else:
+        known = [*SHOWN, "settings"]
+        raise UsageError(f"There is no list of {kind!r}{suggest(kind, known)}.")
+    if format == "json":
+        print(json.dumps(rows, indent=2))
+        return
+    width = max(len(row["name"]) for row in rows)
+    for row in rows:
+        print(f"{row['name']:<{width}}  {row['about']}")
+
+
+def _about(thing: Any) -> str:
+    text = inspect.getdoc(thing) or ""
+    return text.partition("\n")[0]
+
+
+def _settings(strategy: str) -> list[dict[str, Any]]:
+    from fedkit.cli.options import describe
+    from fedkit.settings import (
+        DataSettings,
+        FederationSettings,
+        RunSettings,
+        ServerSettings,
+        default_of,
+        key,
+    )
+
+    kind = load("strategies", strategy)
+    rows = []
+    for group in (
+        kind.Hyperparameters,
+        FederationSettings,
+        ServerSettings,
+        DataSettings,
+        RunSettings,
+    ):
+        for item in fields(group):
+            source = item.metadata["source"]
+            about = describe(item) + (f"  ({source})" if source else "")
+            rows.append({"name": key(item.name), "about": about, "default": default_of(item)})
+    return rows

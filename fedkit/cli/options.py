@@ -1,0 +1,100 @@
+"""Command-line options made from the settings dataclasses, so that nothing is typed twice."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import Field, fields
+from typing import Annotated, Any, TypeVar, get_type_hints
+
+import typer
+
+from fedkit.settings import Value, default_of, key
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--option",
+        "-o",
+        metavar="KEY=VALUE",
+        help="Any setting or hyper-parameter, as in -o temperature=5; may be repeated. "
+        "`fedkit list settings STRATEGY` shows them all.",
+    ),
+]
+ConfigFile = Annotated[
+    str | None,
+    typer.Option(
+        "--config", metavar="FILE", help="Take settings from a TOML file.  [default: none]"
+    ),
+]
+
+
+def with_settings(*kinds: type, leave_out: frozenset[str] = frozenset()) -> Callable[[F], F]:
+    """Give a command one option for each setting of ``kinds``; it gets those typed as ``settings``.
+
+    The command's own parameters stay; its parameter ``settings`` takes a dict by outside name.
+    """
+
+    def decorate(command: F) -> F:
+        own = inspect.signature(command, eval_str=True).parameters
+        kept = [parameter for name, parameter in own.items() if name != "settings"]
+        made = [
+            _parameter(item, get_type_hints(kind)[item.name])
+            for kind in kinds
+            for item in fields(kind)
+            if item.name not in leave_out
+        ]
+        names = {parameter.name for parameter in made}
+
+        def call(**arguments: Any) -> Any:
+            values = {key(name): arguments.pop(name, None) for name in names}
+            typed = {name: value for name, value in values.items() if value is not None}
+            return command(settings=typed, **arguments)
+
+        call.__name__ = command.__name__
+        call.__doc__ = command.__doc__
+        call.__signature__ = inspect.Signature([*kept, *made])  # type: ignore[attr-defined]
+        call.__annotations__ = {p.name: p.annotation for p in [*kept, *made]}
+        return call  # type: ignore[return-value]
+
+    return decorate
+
+
+def describe(item: Field[Any]) -> str:
+    """A setting's help with its unit and default, as one line."""
+    unit, default = item.metadata["unit"], default_of(item)
+    shown = _shown(default)
+    unit_text = f" {unit}" if unit and shown and not isinstance(default, bool | str) else ""
+    tail = f"  [default: {shown}{unit_text}]" if shown else ""
+    return f"{_sentence(item.metadata['help'])}{tail}"
+
+
+def _parameter(item: Field[Any], kind: type) -> inspect.Parameter:
+    name = f"--{key(item.name)}"
+    flags = (f"{name}/--no-{key(item.name)}",) if kind is bool else (name,)
+    choices = item.metadata["choices"]
+    metavar = None if kind is bool else ("|".join(choices) if choices else _metavar(kind, item))
+    option = typer.Option(*flags, help=describe(item), show_default=False, metavar=metavar)
+    annotation = Annotated[kind | None, option]  # type: ignore[valid-type]
+    return inspect.Parameter(
+        item.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation
+    )
+
+
+def _metavar(kind: type, item: Field[Any]) -> str:
+    unit = item.metadata["unit"]
+    if kind is str:
+        return str(unit).upper() if unit else "TEXT"
+    return str(unit).upper() if unit else ("INTEGER" if kind is int else "NUMBER")
+
+
+def _shown(default: Value) -> str:
+    if isinstance(default, bool):
+        return "yes" if default else "no"
+    return f"{default:g}" if isinstance(default, float) else str(default)
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:] + "."

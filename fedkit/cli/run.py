@@ -1,0 +1,75 @@
+"""``fedkit run``."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import typer
+
+from fedkit.cli.options import ConfigFile, Overrides, with_settings
+from fedkit.errors import UsageError
+from fedkit.settings import (
+    DataSettings,
+    FederationSettings,
+    RunSettings,
+    ServerSettings,
+    merge,
+    read_overrides,
+    read_toml,
+)
+
+EXAMPLES = """Examples:
+
+  fedkit run --strategy ktpfl --clients 4 --rounds 10
+
+  fedkit run --strategy fedmd --models lenet,resnet18 --partition classes:4 -o digest-epochs=2
+
+  fedkit run --strategy fedavg --model cnn --dry-run
+
+  fedkit run --config runs/2026-11-21T17-45-03-ktpfl/config.toml
+"""
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command(epilog=EXAMPLES)(run)
+
+
+@with_settings(FederationSettings, RunSettings, ServerSettings, DataSettings)
+def run(
+    config: ConfigFile = None,
+    option: Overrides = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print who would get what, and start nothing.")
+    ] = False,
+    format: Annotated[str, typer.Option(help="Print the result as text or json.")] = "text",
+    *,
+    settings: dict[str, Any],
+) -> None:
+    """Run a whole federation on this machine: a server and its clients, as real processes.
+
+    Here num-shards and min-clients are the number of clients unless set, rounds is 10, and alone is on.
+    """
+    from fedkit.cli.app import quiet
+    from fedkit.engine.local import run_local
+    from fedkit.engine.plan import make_plan
+    from fedkit.report import Progress, print_result
+
+    if format not in ("text", "json"):
+        raise UsageError(f"--format takes text or json, not {format!r}.")
+    given = merge(read_toml(config) if config else {}, read_overrides(option or []), settings)
+    plan = make_plan(given, local=True)
+    if dry_run:
+        from fedkit.engine.dryrun import dry_run as plan_only
+        from fedkit.engine.dryrun import print_plan
+
+        planned = plan_only(plan)
+        print(json.dumps(planned, indent=2)) if format == "json" else print_plan(planned)
+        return
+    progress = Progress(plan.federation.rounds, quiet=quiet)
+    try:
+        result = run_local(plan, [progress.take])
+    finally:
+        progress.close()
+    print_result(result.summary, result.directory, as_json=format == "json")

@@ -1,0 +1,292 @@
+"""The driver: one function that takes any Flower ``Strategy`` through its rounds on any ``Grid``.
+
+Flower's own ``start`` has no exchanges, no deadline for a whole round, no events and no joining; this
+has, so that an algorithm file holds nothing but its algorithm.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Result, Strategy
+from flwr.supercore.run import Run
+
+from fedkit.engine.events import Event, Listener
+from fedkit.engine.roster import Check, Member, Roster
+from fedkit.engine.strategy import Exchange, FederatedStrategy, exchanges_of
+from fedkit.errors import FedkitError
+from fedkit.flower import payload_bytes
+from fedkit.registry import load, split
+from fedkit.seeds import numpy_generator
+from fedkit.settings import FederationSettings
+
+JOIN_POLL_S = 0.02
+REJOIN_WAIT_S = 60.0
+EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
+
+
+class RoundGrid(Grid):
+    """The grid that a strategy sees in one round: who takes part, and what time is left."""
+
+    def __init__(self, grid: Grid, members: Sequence[Member], deadline: float) -> None:
+        """``members`` in client order; ``deadline`` on the monotonic clock."""
+        self._grid = grid
+        self.members = members
+        self.deadline = deadline
+        self.waited = 0.0
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
+        """Replies in client order; ``timeout`` can only shorten what is left of the round."""
+        left = max(0.0, self.deadline - time.monotonic())
+        wait = left if timeout is None else min(left, timeout)
+        started = time.monotonic()
+        replies = self._grid.send_and_receive(messages, timeout=wait)
+        order = {member.node_id: at for at, member in enumerate(self.members)}
+        unknown = len(order)
+        # An engine may answer lazily; fedkit's own grid does, in the order of sending.
+        iterator = iter(replies)
+        if isinstance(replies, list):
+            replies.sort(key=lambda reply: order.get(reply.metadata.src_node_id, unknown))
+            iterator = iter(replies)
+        self.waited += time.monotonic() - started
+        return self._timed(iterator)
+
+    def _timed(self, replies: Iterator[Message]) -> Iterator[Message]:
+        while True:
+            started = time.monotonic()
+            reply = next(replies, None)
+            self.waited += time.monotonic() - started
+            if reply is None:
+                return
+            yield reply
+
+    def get_node_ids(self) -> Iterable[int]:
+        """The nodes that take part in this round."""
+        return [member.node_id for member in self.members]
+
+    def set_run(self, run: Run) -> None:
+        """As the engine's grid does."""
+        self._grid.set_run(run)
+
+    @property
+    def run(self) -> Run:
+        """As the engine's grid says."""
+        return self._grid.run
+
+    def create_message(
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
+    ) -> Message:
+        """As the engine's grid does."""
+        return self._grid.create_message(content, message_type, dst_node_id, group_id, ttl)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """As the engine's grid does."""
+        return self._grid.push_messages(messages)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """As the engine's grid does."""
+        return self._grid.pull_messages(message_ids)
+
+
+class Driver:
+    """Takes a strategy through its rounds and tells what happens."""
+
+    def __init__(
+        self,
+        strategy: Strategy,
+        grid: Grid,
+        settings: FederationSettings,
+        emit: Listener,
+        *,
+        check: Check = lambda facts: None,
+        evaluate_fn: EvaluateFn | None = None,
+    ) -> None:
+        """A driver.
+
+        Args:
+            strategy: any Flower strategy, ours or another's.
+            grid: any Flower grid.
+            settings: the federation's settings.
+            emit: takes every event.
+            check: says why a client may not join, or None (see ``Roster``).
+            evaluate_fn: measures the global model at the server.
+        """
+        self._strategy = strategy
+        self._grid = grid
+        self._settings = settings
+        self._emit = emit
+        self._evaluate_fn = evaluate_fn
+        self.roster = Roster(grid, check, emit)
+        self._result = Result()
+
+    def run(self, arrays: ArrayRecord) -> Result:
+        """All rounds, from the global model ``arrays`` (empty where there is none).
+
+        Raises:
+            FedkitError: too few clients are left to go on.
+        """
+        self._wait_for_clients(None)
+        for server_round in range(1, self._settings.rounds + 1):
+            arrays = self._round(server_round, arrays)
+        self._result.arrays = arrays
+        return self._result
+
+    def _round(self, server_round: int, arrays: ArrayRecord) -> ArrayRecord:
+        settings = self._settings
+        self._wait_for_clients(REJOIN_WAIT_S)
+        everybody = self.roster.connected()
+        chosen = self._select(server_round, everybody)
+        started = time.monotonic()
+        deadline = started + settings.round_timeout
+        grid = RoundGrid(self._grid, chosen, deadline)
+        config = ConfigRecord({"server-round": server_round})
+        self._emit(Event("round_start", server_round, n=len(chosen)))
+        for exchange in exchanges_of(self._strategy):
+            new_arrays = self._exchange(server_round, exchange, arrays, config, grid)
+            arrays = arrays if new_arrays is None else new_arrays
+        # The reference and the measuring are no part of what the round costs.
+        seconds = time.monotonic() - started
+        server_seconds = seconds - grid.waited
+        if settings.alone and isinstance(self._strategy, FederatedStrategy):
+            self._exchange(server_round, self._alone(self._strategy), arrays, config, grid)
+        last = server_round == settings.rounds
+        if last or server_round % settings.eval_every == 0:
+            self._measure(server_round, arrays, RoundGrid(self._grid, everybody, deadline), last)
+        self._emit(Event("round", server_round, None, None, "seconds_server", server_seconds))
+        self._emit(Event("round", server_round, None, None, "seconds", seconds, len(chosen)))
+        return arrays
+
+    def _exchange(
+        self,
+        server_round: int,
+        exchange: Exchange,
+        arrays: ArrayRecord,
+        config: ConfigRecord,
+        grid: RoundGrid,
+    ) -> ArrayRecord | None:
+        started = time.monotonic()
+        sent = self._count_down(
+            server_round, exchange.name, exchange.configure(server_round, arrays, config, grid)
+        )
+        replies = self._observe(server_round, exchange.name, grid.send_and_receive(sent))
+        new_arrays, metrics = exchange.aggregate(server_round, replies)
+        for _ in replies:  # what the strategy did not read still belongs to the record
+            continue
+        if metrics is not None and exchange.name != "evaluate":
+            self._result.train_metrics_clientapp[server_round] = metrics
+        if self._asked:
+            seconds = time.monotonic() - started
+            done = Event(
+                "exchange", server_round, exchange.name, None, "seconds", seconds, self._answered
+            )
+            self._emit(done)
+        return new_arrays
+
+    def _measure(
+        self, server_round: int, arrays: ArrayRecord, grid: RoundGrid, whole: bool
+    ) -> None:
+        samples = 0 if whole else self._settings.eval_samples
+        config = ConfigRecord({"server-round": server_round, "eval-samples": samples})
+
+        def aggregate(server_round: int, replies: Iterable[Message]) -> tuple[None, None]:
+            metrics = self._strategy.aggregate_evaluate(server_round, replies)
+            if metrics is not None:
+                self._result.evaluate_metrics_clientapp[server_round] = metrics
+            return None, None
+
+        evaluate = Exchange("evaluate", self._strategy.configure_evaluate, aggregate)
+        self._exchange(server_round, evaluate, arrays, config, grid)
+        if self._evaluate_fn is None:
+            return
+        metrics = self._evaluate_fn(server_round, arrays)
+        if metrics is not None:
+            self._result.evaluate_metrics_serverapp[server_round] = metrics
+            self._emit_metrics(server_round, "evaluate", None, metrics)
+
+    def _alone(self, strategy: FederatedStrategy) -> Exchange:
+        def configure(
+            server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+        ) -> Iterable[Message]:
+            content = RecordDict({"config": strategy.config(server_round)})
+            members = strategy.members(grid)
+            return strategy.instruct(members, "train.alone", server_round, lambda member: content)
+
+        return Exchange("alone", configure, lambda server_round, replies: (None, None))
+
+    def _select(self, server_round: int, members: list[Member]) -> list[Member]:
+        name, argument = split(self._settings.select)
+        select = load("selectors", name)
+        generator = numpy_generator(self._settings.seed, "clients", round=server_round)
+        chosen: list[Member] = select(members, argument, generator)
+        return sorted(chosen, key=lambda member: member.client)
+
+    def _wait_for_clients(self, patience: float | None) -> None:
+        wanted = self._settings.min_clients
+        started = time.monotonic()
+        self.roster.admit()
+        while len(self.roster.connected()) < wanted:
+            if patience is not None and time.monotonic() - started > patience:
+                here = len(self.roster.connected())
+                raise FedkitError(
+                    f"Only {here} of the {wanted} clients that a round needs (min-clients) are "
+                    f"connected, for {patience:.0f} seconds now: the run ends here."
+                )
+            time.sleep(JOIN_POLL_S)
+            self.roster.admit()
+
+    def _count_down(
+        self, server_round: int, exchange: str, messages: Iterable[Message]
+    ) -> Iterator[Message]:
+        self._asked = 0
+        self._answered = 0
+        for message in messages:
+            self._asked += 1
+            client = self._client(message.metadata.dst_node_id)
+            size = payload_bytes(message)
+            self._emit(Event("bytes", server_round, exchange, client, "bytes_down", size))
+            yield message
+
+    def _observe(
+        self, server_round: int, exchange: str, replies: Iterable[Message]
+    ) -> Iterator[Message]:
+        for reply in replies:
+            client = self._client(reply.metadata.src_node_id)
+            if reply.has_error():
+                text = f"client {client} did not answer: {reply.error.reason}"
+                self._emit(Event("warning", server_round, exchange, client, text))
+                yield reply
+                continue
+            self._answered += 1
+            size = payload_bytes(reply)
+            self._emit(Event("bytes", server_round, exchange, client, "bytes_up", size))
+            for record in reply.content.metric_records.values():
+                self._emit_metrics(server_round, exchange, client, record)
+            timing = reply.content.config_records.get("timing", ConfigRecord())
+            for name, value in timing.items():
+                self._emit(Event("timing", server_round, exchange, client, name, value))
+            yield reply
+
+    def _emit_metrics(
+        self, server_round: int, exchange: str, client: int | None, record: MetricRecord
+    ) -> None:
+        examples = record.get("num-examples")
+        for name, value in record.items():
+            if name == "num-examples" or name.endswith("/n"):
+                continue
+            n = record.get(f"{name.rpartition('/')[0]}/n", examples)
+            count = int(n) if isinstance(n, int | float) else None
+            self._emit(Event("metric", server_round, exchange, client, name, value, count))
+
+    def _client(self, node_id: int) -> int | None:
+        member = self.roster.members.get(node_id)
+        return member.client if member else None

@@ -1,0 +1,78 @@
+"""What a run would do: who gets which model and shard, what travels, what it needs. Starts nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from fedkit.data.splits import cut
+from fedkit.engine.plan import Plan, client_models
+from fedkit.models.build import build_model, parameter_count
+from fedkit.report import size
+
+
+def dry_run(plan: Plan) -> dict[str, Any]:
+    """The plan of a local run: a row for each client, and the sums.
+
+    ``memory`` is what a client's models need while they train: weights, gradients and two moments, in
+    bytes, and the weights once more for the reference; activations and torch itself come on top.
+    """
+    settings = plan.federation
+    data = cut(settings, plan.data)
+    rows = []
+    for client, name in enumerate(client_models(plan)):
+        model = build_model(name, data.shape, data.outputs, settings.seed, client)
+        model_bytes = sum(t.numel() * t.element_size() for t in model.state_dict().values())
+        up, down = plan.strategy.traffic(plan.hyper, model_bytes, data.outputs, len(data.public))
+        shard = data.shard(client)
+        rows.append(
+            {
+                "client": client,
+                "model": name,
+                "shard": client,
+                "samples": len(shard.train),
+                "parameters": parameter_count(model),
+                "bytes_up": up,
+                "bytes_down": down,
+                "memory": model_bytes * (5 if settings.alone else 4),
+            }
+        )
+    return {
+        "strategy": settings.strategy,
+        "preset": plan.hyper.preset,
+        "rounds": settings.rounds,
+        "dataset": settings.dataset,
+        "partition": settings.partition,
+        "public": settings.public,
+        "clients": rows,
+        "bytes_up": sum(row["bytes_up"] for row in rows),
+        "bytes_down": sum(row["bytes_down"] for row in rows),
+    }
+
+
+def print_plan(planned: dict[str, Any]) -> None:
+    """The plan as a table."""
+    console = Console(highlight=False)
+    table = Table(title=f"{planned['strategy']} (preset {planned['preset']}), a round of it")
+    for name in ("client", "model", "shard", "samples", "parameters", "up", "down", "memory"):
+        table.add_column(name, justify="left" if name == "model" else "right")
+    for row in planned["clients"]:
+        table.add_row(
+            str(row["client"]),
+            row["model"],
+            str(row["shard"]),
+            str(row["samples"]),
+            f"{row['parameters']:,}",
+            size(row["bytes_up"]),
+            size(row["bytes_down"]),
+            size(row["memory"]),
+        )
+    console.print(table)
+    console.print(
+        f"{planned['rounds']} rounds on {planned['dataset']}, {planned['partition']}, public set "
+        f"{planned['public']}: {size(planned['bytes_up'])} up and {size(planned['bytes_down'])} "
+        "down a round, over all clients",
+        soft_wrap=True,
+    )

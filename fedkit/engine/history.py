@@ -1,0 +1,189 @@
+"""The history of a run: it listens to events and ends as ``summary.json``."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any
+
+from fedkit import __version__
+from fedkit.engine.events import Event
+from fedkit.engine.roster import Member
+from fedkit.rundir import SCHEMA
+from fedkit.settings import FederationSettings
+
+# What these cost is no part of what the algorithm costs.
+APART = frozenset({"alone", "evaluate"})
+# What is measured, not when: equal seeds give equal digests.
+IN_DIGEST = frozenset({"metric", "bytes", "coefficients"})
+PERSONAL = ("own_model/own_test/accuracy", "global_model/own_test/accuracy")
+GLOBAL = ("own_model/global_test/accuracy", "global_model/global_test/accuracy")
+ALONE_PERSONAL = ("alone_model/own_test/accuracy",)
+ALONE_GLOBAL = ("alone_model/global_test/accuracy",)
+
+
+class History:
+    """What the rounds have brought so far."""
+
+    def __init__(self) -> None:
+        self._metrics: dict[int, dict[int | None, dict[str, float]]] = defaultdict(
+            lambda: defaultdict(dict)
+        )
+        self._bytes: dict[str, dict[tuple[int, int | None], int]] = {
+            "bytes_up": defaultdict(int),
+            "bytes_down": defaultdict(int),
+        }
+        self._slowest: dict[tuple[int, str], float] = defaultdict(float)
+        self._cpu: dict[int | None, float] = defaultdict(float)
+        self._seconds: dict[str, dict[int, float]] = defaultdict(dict)
+        self._lines: list[str] = []
+
+    def take(self, event: Event) -> None:
+        """Take one event in."""
+        round, client, name = event.round or 0, event.client, event.name or ""
+        if event.event in IN_DIGEST:
+            fields = [event.event, round, event.exchange, client, name, event.value, event.n]
+            self._lines.append(json.dumps(fields))
+        if event.event == "metric":
+            self._metrics[round][client][name] = float(event.value)
+        elif event.event == "bytes" and event.exchange not in APART:
+            self._bytes[name][round, client] += event.value
+        elif event.event == "timing" and name == "cpu-seconds":
+            self._cpu[client] = max(self._cpu[client], event.value)
+        elif event.event == "timing" and event.exchange not in APART:
+            at = round, event.exchange or ""
+            self._slowest[at] = max(self._slowest[at], event.value)
+        elif event.event == "round":
+            self._seconds[name][round] = float(event.value)
+
+    def rounds(self) -> list[dict[str, Any]]:
+        """One row for each round that has ended."""
+        rows = []
+        for round, seconds in sorted(self._seconds["seconds"].items()):
+            slowest = sum(time for (at, _), time in self._slowest.items() if at == round)
+            rows.append(
+                {
+                    "round": round,
+                    "seconds": seconds,
+                    "seconds_slowest_client": slowest,
+                    "seconds_server": self._seconds["seconds_server"].get(round),
+                    "bytes_up": self._total("bytes_up", round),
+                    "bytes_down": self._total("bytes_down", round),
+                    "mean_personal_accuracy": _mean(self._of_clients(round, PERSONAL).values()),
+                    "mean_global_accuracy": _mean(self._of_clients(round, GLOBAL).values()),
+                }
+            )
+        return rows
+
+    def digest(self) -> str:
+        """SHA-256 (hex) of all measurements and bytes, times left out, in a fixed order."""
+        sha = hashlib.sha256()
+        for line in sorted(self._lines):
+            sha.update(line.encode() + b"\n")
+        return sha.hexdigest()
+
+    def summary(
+        self,
+        settings: FederationSettings,
+        preset: str,
+        members: Iterable[Member],
+        *,
+        status: str,
+        stop_reason: str,
+        engine: str,
+        seconds: float,
+        sent_up: int | None,
+        sent_down: int | None,
+    ) -> dict[str, Any]:
+        """The whole of ``summary.json``; what does not apply is null."""
+        rows = self.rounds()
+        last = rows[-1]["round"] if rows else 0
+        spread = list(self._of_clients(last, GLOBAL).values())
+        return {
+            "schema": SCHEMA,
+            "fedkit": __version__,
+            "status": status,
+            "stop_reason": stop_reason,
+            "strategy": settings.strategy,
+            "preset": preset,
+            "dataset": settings.dataset,
+            "public": settings.public,
+            "partition": settings.partition,
+            "engine": engine,
+            "rounds": last,
+            "seed": settings.seed,
+            "digest": self.digest(),
+            "seconds": seconds,
+            "bytes_up": sum(row["bytes_up"] for row in rows),
+            "bytes_down": sum(row["bytes_down"] for row in rows),
+            "sent_up": sent_up,
+            "sent_down": sent_down,
+            "mean_personal_accuracy": _mean(self._of_clients(last, PERSONAL).values()),
+            "mean_global_accuracy": _mean(spread),
+            "worst_global_accuracy": min(spread, default=None),
+            "std_global_accuracy": statistics.pstdev(spread) if spread else None,
+            "best_round": _best(rows),
+            "clients": [
+                self._client(member, last) for member in sorted(members, key=lambda m: m.client)
+            ],
+            "history": rows,
+        }
+
+    def _client(self, member: Member, last: int) -> dict[str, Any]:
+        def accuracy(names: tuple[str, ...]) -> float | None:
+            return self._of_clients(last, names).get(member.client)
+
+        return {
+            "id": member.client,
+            "model": member.model,
+            "shard": member.client,
+            "examples": member.examples,
+            "alone_personal_accuracy": accuracy(ALONE_PERSONAL),
+            "alone_global_accuracy": accuracy(ALONE_GLOBAL),
+            "personal_accuracy": accuracy(PERSONAL),
+            "global_accuracy": accuracy(GLOBAL),
+            "cpu_seconds": self._cpu.get(member.client),
+            "bytes_up": self._total("bytes_up", client=member.client),
+            "bytes_down": self._total("bytes_down", client=member.client),
+        }
+
+    def _of_clients(self, round: int, names: tuple[str, ...]) -> dict[int, float]:
+        """The first of ``names`` that each client has; a model of the server's counts for all."""
+        found: dict[int, float] = {}
+        by_client = self._metrics.get(round, {})
+        shared = by_client.get(None, {})
+        measured = [
+            client
+            for client, values in by_client.items()
+            if client is not None and any(name in values for name in PERSONAL)
+        ]
+        for client in measured:
+            values = {**shared, **by_client[client]}
+            for name in names:
+                if name in values:
+                    found[client] = values[name]
+                    break
+        return found
+
+    def _total(self, name: str, round: int | None = None, client: int | None = None) -> int:
+        return sum(
+            size
+            for (at, whose), size in self._bytes[name].items()
+            if round in (None, at) and client in (None, whose)
+        )
+
+
+def _mean(values: Iterable[float]) -> float | None:
+    values = list(values)
+    return statistics.fmean(values) if values else None
+
+
+def _best(rows: list[dict[str, Any]]) -> int | None:
+    measured = [row for row in rows if row["mean_global_accuracy"] is not None]
+    if not measured:
+        return None
+    best: int = max(measured, key=lambda row: (row["mean_global_accuracy"], -row["round"]))["round"]
+    return best

@@ -1,0 +1,258 @@
+"""A whole federation on this machine: one server process and its clients, started, watched, cleaned up."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from fedkit.durable import make_folder
+from fedkit.engine.events import Event
+from fedkit.engine.plan import Plan, client_models, make_plan
+from fedkit.errors import FedkitError, UsageError, error_of
+from fedkit.rundir import default_path, read_events
+from fedkit.settings import FederationSettings, as_config
+
+POLL_S = 0.05
+START_WAIT_S = 60.0
+END_WAIT_S = 15.0
+KILL_WAIT_S = 5.0
+Listener = Callable[[Event], None]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run gave.
+
+    Attributes:
+        directory: the run directory.
+        summary: ``summary.json``.
+    """
+
+    directory: Path
+    summary: dict[str, Any]
+
+    @property
+    def events(self) -> list[dict[str, Any]]:
+        """The records of ``metrics.jsonl``."""
+        return read_events(self.directory)
+
+    @property
+    def metrics(self) -> Any:
+        """The measurements as a pandas data frame, one row each.
+
+        Raises:
+            FedkitError: pandas is not installed; ``events`` needs none.
+        """
+        try:
+            import pandas
+        except ImportError:
+            raise FedkitError(
+                "Result.metrics needs pandas: `pip install fedkit[pandas]`, or use Result.events."
+            ) from None
+        return pandas.DataFrame([e for e in self.events if e["event"] == "metric"])
+
+
+class Federation:
+    """A local federation of real processes; the command line's engine and settings.
+
+    >>> Federation(strategy="ktpfl", clients=4, rounds=10).run()  # doctest: +SKIP
+    """
+
+    def __init__(self, **settings: bool | int | float | str) -> None:
+        """Settings as `fedkit run` takes them, in Python's spelling: ``num_shards=8``.
+
+        Raises:
+            UsageError: an unknown name or a value out of range.
+        """
+        self.plan = make_plan(settings, local=True)
+
+    def run(self, *listeners: Listener) -> Result:
+        """Run it to the end; ``listeners`` take every event.
+
+        Raises:
+            FedkitError: a process failed; the sentence names it and its first error.
+        """
+        return run_local(self.plan, list(listeners))
+
+
+@dataclass
+class _Child:
+    name: str
+    log: Path
+    process: subprocess.Popen[bytes]
+
+
+def run_local(plan: Plan, listeners: list[Listener]) -> Result:
+    """Start a server and its clients, follow them, and leave no process behind."""
+    assert plan.local is not None
+    directory = Path(plan.server.run_dir or default_path(plan.federation.strategy))
+    if (directory / "metrics.jsonl").exists():
+        raise UsageError(f"{directory} holds a run already: choose another --run-dir.")
+    models = client_models(plan)
+    make_folder(directory / "logs")
+    with _children() as children:
+        children.append(_start_server(plan, directory))
+        address = _wait_for_address(directory, children)
+        for number, model in enumerate(models):
+            children.append(_start_client(plan, directory, address, number, model))
+        _follow(directory, children, listeners)
+    # config.toml is the server's; these make it runnable as a whole again.
+    summary = json.loads((directory / "summary.json").read_text())
+    (directory / "config.toml").write_text(tomli_w.dumps(_runnable(plan)))
+    return Result(directory, summary)
+
+
+def _runnable(plan: Plan) -> dict[str, Any]:
+    values = plan.values()
+    for name in ("run-dir", "listen"):
+        values.pop(name)
+    return {name: value for name, value in values.items() if value != ""}
+
+
+@contextmanager
+def _children() -> Iterator[list[_Child]]:
+    children: list[_Child] = []
+    try:
+        yield children
+    finally:
+        for child in children:
+            if child.process.poll() is None:
+                child.process.send_signal(signal.SIGTERM)
+        deadline = time.monotonic() + KILL_WAIT_S
+        for child in children:
+            try:
+                child.process.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                child.process.kill()
+                child.process.wait()
+            if child.process.stdin is not None:
+                child.process.stdin.close()
+
+
+def _start_server(plan: Plan, directory: Path) -> _Child:
+    config = directory / "server.toml"
+    values = {k: v for k, v in plan.values().items() if v != ""}
+    local = as_config(plan.local)
+    for name in [*local, "run-dir"]:
+        values.pop(name, None)
+    if plan.server.listen == type(plan.server)().listen:
+        values["listen"] = "127.0.0.1:0"  # several runs side by side
+    config.write_text(tomli_w.dumps(values))
+    arguments = ["--quiet", "server", "--config", str(config), "--run-dir", str(directory)]
+    return _start("the server", directory / "logs" / "server.log", arguments, plan.federation)
+
+
+def _start_client(plan: Plan, directory: Path, address: str, number: int, model: str) -> _Child:
+    assert plan.local is not None
+    arguments = [
+        "client",
+        *("--model", model),
+        *("--data-shard", str(number)),
+        *("--server", address),
+        *("--device", plan.local.device),
+        *("--state-dir", str(directory / "clients" / f"client-{number}")),
+    ]
+    if plan.data.data_root:
+        arguments += ["--data-root", plan.data.data_root]
+    if plan.data.allow_checksum_mismatch:
+        arguments += ["--allow-checksum-mismatch"]
+    log = directory / "logs" / f"client-{number}.log"
+    return _start(f"client {number} ({model})", log, arguments, plan.federation)
+
+
+def _start(name: str, log: Path, arguments: list[str], settings: FederationSettings) -> _Child:
+    environment = {
+        **os.environ,
+        "FEDKIT_EXIT_WITH_PARENT": "1",
+        # Several processes share the cores; the numbers hang on this too.
+        "OMP_NUM_THREADS": str(settings.threads),
+    }
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            # -P: a folder of the user's own called `strategies` or `clients` must not come first.
+            [sys.executable, "-P", "-m", "fedkit", *arguments],
+            stdin=subprocess.PIPE,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            # Ctrl-C goes to this process alone, which then ends the others in order.
+            start_new_session=True,
+        )
+    return _Child(name, log, process)
+
+
+def _wait_for_address(directory: Path, children: list[_Child]) -> str:
+    deadline = time.monotonic() + START_WAIT_S
+    file = directory / "address"
+    while not file.exists():
+        _raise_if_failed(children)
+        if time.monotonic() > deadline:
+            raise FedkitError(f"The server did not come up in {START_WAIT_S:.0f} seconds.")
+        time.sleep(POLL_S)
+    return file.read_text()
+
+
+def _follow(directory: Path, children: list[_Child], listeners: list[Listener]) -> None:
+    server = children[0].process
+    with (directory / "metrics.jsonl").open(encoding="utf-8") as lines:
+        rest = ""
+        while True:
+            ended = server.poll() is not None
+            rest = _pass_on(rest + lines.read(), listeners)
+            if ended:
+                break
+            _raise_if_failed(children)
+            time.sleep(POLL_S)
+    _raise_if_failed(children)
+    deadline = time.monotonic() + END_WAIT_S
+    for child in children[1:]:
+        try:
+            child.process.wait(max(0.1, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            continue  # it is ended with the others
+    _raise_if_failed(children)
+
+
+def _pass_on(text: str, listeners: list[Listener]) -> str:
+    *whole, rest = text.split("\n")
+    for line in whole:
+        record = json.loads(line)
+        record.pop("time")
+        for listener in listeners:
+            listener(Event(**record))
+    return rest
+
+
+def _raise_if_failed(children: list[_Child]) -> None:
+    failed = [child for child in children if child.process.poll() not in (None, 0)]
+    if not failed:
+        return
+    # A client whose server fails fails too, and the other way round: who came first is told apart
+    # by the logs, written in order.
+    first = min(failed, key=lambda child: child.log.stat().st_mtime_ns)
+    status = first.process.returncode
+    raise error_of(
+        2 if status == 2 else 1,
+        f"{first.name[0].upper()}{first.name[1:]} failed: {_first_error(first, status)} "
+        f"(its output is in {first.log})",
+    )
+
+
+def _first_error(child: _Child, status: int) -> str:
+    for line in child.log.read_text(errors="replace").splitlines():
+        if line.startswith("Error: "):
+            return line.removeprefix("Error: ")
+    if status < 0:
+        return f"it was killed by {signal.Signals(-status).name}."
+    return f"it ended with exit code {status}."

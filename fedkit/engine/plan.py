@@ -1,0 +1,135 @@
+"""A plan: everything that was typed, checked, and with its defaults filled in, before anything starts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+from fedkit.data.names import check_names, resolve_public
+from fedkit.errors import UsageError
+from fedkit.registry import load
+from fedkit.settings import (
+    DataSettings,
+    FederationSettings,
+    RunSettings,
+    ServerSettings,
+    Value,
+    as_config,
+    build,
+    key,
+    merge,
+    refuse_unknown,
+)
+
+if TYPE_CHECKING:
+    from fedkit.engine.strategy import FederatedStrategy
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A federation about to be run.
+
+    Attributes:
+        federation: what every client takes over.
+        hyper: the strategy's hyper-parameters.
+        server: where the server listens and writes.
+        data: where this machine keeps data sets.
+        local: the local clients, if `fedkit run` starts them.
+    """
+
+    federation: FederationSettings
+    hyper: Any
+    server: ServerSettings
+    data: DataSettings
+    local: RunSettings | None
+
+    @property
+    def strategy(self) -> type[FederatedStrategy]:
+        """The strategy's class."""
+        kind: type[FederatedStrategy] = load("strategies", self.federation.strategy)
+        return kind
+
+    def values(self) -> dict[str, Value]:
+        """All settings by outside name, as ``config.toml`` holds them."""
+        parts = (self.federation, self.hyper, self.server, self.data, self.local)
+        return merge(*(as_config(part) for part in parts if part is not None))
+
+
+# What `fedkit run` changes of the federation's defaults: a run on one machine is for comparing.
+LOCAL_DEFAULTS: Mapping[str, Value] = {"alone": True, "rounds": 10}
+
+
+def make_plan(values: Mapping[str, Value], *, local: bool = False) -> Plan:
+    """A plan from settings by outside name.
+
+    Args:
+        values: what was typed or read from a file; later layers already on top.
+        local: whether `fedkit run` starts the clients too.
+
+    Raises:
+        UsageError: an unknown name, a value out of range, or settings that contradict each other.
+    """
+    from fedkit.engine.strategy import build_hyperparameters
+
+    values = merge(values)
+    strategy_name = str(values.get("strategy", build(FederationSettings, {}).strategy))
+    strategy: type[FederatedStrategy] = load("strategies", strategy_name)
+    kinds: list[type] = [FederationSettings, strategy.Hyperparameters, ServerSettings, DataSettings]
+    if local:
+        kinds.append(RunSettings)
+    refuse_unknown(values, kinds)
+    hyper = build_hyperparameters(strategy, values)
+    implied = _implied(strategy, hyper.preset)
+    run = build(RunSettings, values) if local else None
+    if run is not None:
+        clients = run.clients
+        implied = {**LOCAL_DEFAULTS, "num-shards": clients, "min-clients": clients, **implied}
+    federation = build(FederationSettings, {**implied, **values})
+    check_names(federation)
+    federation = resolve_public(federation)
+    if run is not None:
+        _check_local(federation, run)
+    server = build(ServerSettings, values)
+    _check_address(server.listen)
+    plan = Plan(federation, hyper, server, build(DataSettings, values), run)
+    strategy.check(federation, hyper)
+    return plan
+
+
+def client_models(plan: Plan) -> list[str]:
+    """The model of each local client, in client order."""
+    assert plan.local is not None
+    if plan.strategy.one_model:
+        return [plan.federation.model] * plan.local.clients
+    names = [name.strip() for name in plan.local.models.split(",") if name.strip()]
+    if not names:
+        raise UsageError("models names no model.")
+    return [names[at % len(names)] for at in range(plan.local.clients)]
+
+
+def _implied(strategy: type[FederatedStrategy], preset: str) -> dict[str, Value]:
+    own = {key(item.name) for item in fields(FederationSettings)}
+    return {name: value for name, value in strategy.PRESETS[preset].items() if name in own}
+
+
+def _check_address(text: str) -> None:
+    host, _, port = text.rpartition(":")
+    if not host or not port.isdigit() or int(port) > 65535:
+        raise UsageError(f"listen takes HOST:PORT, as in 127.0.0.1:8090, not {text!r}.")
+
+
+def _check_local(federation: FederationSettings, run: RunSettings) -> None:
+    from fedkit.registry import check
+
+    if federation.num_shards < run.clients:
+        raise UsageError(
+            f"{run.clients} clients need as many shards, but num-shards is {federation.num_shards}."
+        )
+    if federation.min_clients > run.clients:
+        raise UsageError(
+            f"min-clients is {federation.min_clients}, but only {run.clients} clients are started."
+        )
+    for name in run.models.split(","):
+        if name.strip():
+            check("models", name.strip())

@@ -1,0 +1,131 @@
+"""The roster: which clients are in the federation, as they told it at join.
+
+A node that the grid offers is asked ``query.join`` once; what it answers is held against the server's
+own view before it may take part. This works on every engine, since it is a Flower message.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol, cast, runtime_checkable
+
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.serverapp import Grid
+
+from fedkit.engine.events import Event, Listener
+
+
+@dataclass(frozen=True)
+class Member:
+    """One client of the federation.
+
+    Attributes:
+        node_id: Flower's node id.
+        client: its index, which is its shard: seeds, order of summation and matrix rows hang on it.
+        name: how people call it.
+        model: its architecture.
+        examples: how many samples it trains on.
+        shard_examples: how many samples its shard has in all.
+        parameters: scalars in its model.
+        device: where it computes.
+    """
+
+    node_id: int
+    client: int
+    name: str
+    model: str
+    examples: int
+    shard_examples: int
+    parameters: int
+    device: str
+
+
+@runtime_checkable
+class CanDismiss(Protocol):
+    """A grid that can send a client away with a sentence."""
+
+    def dismiss(self, node_id: int, sentence: str) -> None:
+        """End that client's session and tell it why."""
+        ...
+
+
+Check = Callable[[ConfigRecord], str | None]
+
+
+class Roster:
+    """Members by node id, kept as clients come."""
+
+    def __init__(self, grid: Grid, check: Check, emit: Listener) -> None:
+        """A roster over ``grid``; ``check`` returns the sentence that refuses a join, or None."""
+        self._grid = grid
+        self._check = check
+        self._emit = emit
+        self._asked: dict[str, int] = {}
+        self._turned_away: set[int] = set()
+        self.members: dict[int, Member] = {}
+
+    def admit(self) -> None:
+        """Ask new nodes to join, and take in those that have answered since the last call."""
+        present = set(self._grid.get_node_ids())
+        waiting = set(self._asked.values())
+        # One that went away and comes back, perhaps mended, is asked again.
+        self._turned_away &= present
+        new = sorted(present - set(self.members) - waiting - self._turned_away)
+        for node_id in new:
+            question = Message(RecordDict(), node_id, "query.join", group_id="0")
+            (message_id,) = self._grid.push_messages([question])
+            self._asked[message_id] = node_id
+        if self._asked:
+            for reply in self._grid.pull_messages(list(self._asked)):
+                node_id = self._asked.pop(reply.metadata.reply_to_message_id)
+                self._take(node_id, reply)
+
+    def connected(self) -> list[Member]:
+        """The members whose node the grid offers now, in client order."""
+        present = set(self._grid.get_node_ids())
+        here = [member for node_id, member in self.members.items() if node_id in present]
+        return sorted(here, key=lambda member: member.client)
+
+    def _take(self, node_id: int, reply: Message) -> None:
+        if not reply.has_content():
+            self._turned_away.add(node_id)
+            text = f"a client could not join: {reply.error.reason}"
+            self._emit(Event("warning", name=text))
+            return
+        facts = reply.content.config_records["join"]
+        sizes = reply.content.metric_records["metrics"]
+        sentence = self._check(facts)
+        if sentence is None and self._index_taken(node_id, cast(int, facts["client"])):
+            sentence = f"Client {facts['client']!r} is in this federation already."
+        if sentence is not None:
+            self._turned_away.add(node_id)
+            self._emit(Event("warning", name=f"a client was refused: {sentence}"))
+            if isinstance(self._grid, CanDismiss):
+                self._grid.dismiss(node_id, sentence)
+            return
+        client, model = cast(int, facts["client"]), str(facts["model"])
+        member = Member(
+            node_id=node_id,
+            client=client,
+            name=f"client {client} ({model})",
+            model=model,
+            examples=cast(int, sizes["num-examples"]),
+            shard_examples=cast(int, sizes["shard-examples"]),
+            parameters=cast(int, sizes["parameters"]),
+            device=str(facts["device"]),
+        )
+        # A device that lost its state comes back as another node with the same index.
+        gone = [n for n, other in self.members.items() if other.client == client]
+        for old in gone:
+            del self.members[old]
+        self.members[node_id] = member
+        text = f"{member.model} on {member.device}"
+        self._emit(Event("join", client=client, name=text, value=member.examples))
+
+    def _index_taken(self, node_id: int, client: int) -> bool:
+        present = set(self._grid.get_node_ids())
+        return any(
+            other.client == client and other.node_id != node_id and other.node_id in present
+            for other in self.members.values()
+        )

@@ -1,0 +1,224 @@
+"""A client's state directory: who it is, and everything that exists nowhere else.
+
+``identity.json`` is the device's name and secret. Each federation has a folder of its own, so that a
+model is never overwritten by another run: ``manifest.json`` names, with their SHA-256, the files that
+hold the records of ``Context.state`` and the last reply. A commit writes what changed, then replaces
+the manifest, which is the moment at which it counts.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedkit.durable import make_folder, write_json, write_whole
+from fedkit.errors import FedkitError
+
+if TYPE_CHECKING:
+    from flwr.app import RecordDict
+
+VERSION = 1
+
+
+class StateDirectory:
+    """One device's directory, locked for as long as the process lives."""
+
+    def __init__(self, path: Path) -> None:
+        """Make and lock it.
+
+        Raises:
+            FedkitError: another process uses it, or it can't be written.
+        """
+        make_folder(path)
+        self.path = path
+        self._lock = (path / "lock").open("a")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._lock.close()
+            raise FedkitError(
+                f"Another client uses the state directory {path}: give each its own --state-dir."
+            ) from error
+
+    def identity(self) -> dict[str, str]:
+        """The device's lasting name and secret; drawn at the first call."""
+        file = self.path / "identity.json"
+        if not file.exists():
+            write_json(file, {"identity": secrets.token_hex(8), "secret": secrets.token_hex(16)})
+            file.chmod(0o600)
+        identity: dict[str, str] = json.loads(file.read_text())
+        return identity
+
+    def close(self) -> None:
+        """Let another process have it."""
+        self._lock.close()
+
+
+def first_free(parent: Path, stem: str) -> StateDirectory:
+    """``parent/stem-0``, or the first after it that no living process uses."""
+    number = 0
+    while True:
+        try:
+            return StateDirectory(parent / f"{stem}-{number}")
+        except FedkitError:
+            number += 1
+            if number > 10_000:
+                raise
+
+
+class FederationState:
+    """What one client keeps for one federation."""
+
+    def __init__(self, folder: Path, owner: dict[str, Any]) -> None:
+        """Open the folder, or begin it.
+
+        Args:
+            folder: ``STATE_DIR/FEDERATION``.
+            owner: model and shard; a folder of another owner is refused.
+
+        Raises:
+            FedkitError: it belongs to another model or shard, or is damaged.
+        """
+        make_folder(folder)
+        self.folder = folder
+        self._owner = owner
+        self._kept: dict[str, Any] = {}
+        self._files: dict[str, str] = {}
+        self._commits = 0
+        self.last_key: str | None = None
+        self.last_reply: bytes | None = None
+        self._manifest = self._read_manifest()
+
+    @property
+    def begun(self) -> bool:
+        """Whether anything was kept before."""
+        return self.last_key is not None
+
+    def restore(self, state: RecordDict) -> None:
+        """Put what was kept back into a context's state."""
+        from fedkit.flower import decode_records
+
+        for name, file in self._files.items():
+            try:
+                records = decode_records(self._read(file))
+            except ValueError as error:
+                raise FedkitError(f"{self.folder / file} is damaged: {error}.") from error
+            state[name] = records[name]
+            self._kept[name] = _mark(state, name)
+
+    def commit(self, key: str, reply: Sequence[bytes], state: RecordDict) -> None:
+        """Keep the state and the reply to instruction ``key``, both or neither.
+
+        An instruction that changed nothing needs no commit: doing it again gives the same.
+
+        Raises:
+            FedkitError: it can't be written; what was kept before still counts.
+        """
+        from flwr.app import RecordDict
+
+        from fedkit.flower import encode_records
+
+        marks = {name: _mark(state, name) for name in state}
+        changed = [name for name in state if self._kept.get(name) != marks[name]]
+        if not changed and marks.keys() == self._files.keys():
+            return
+        self._commits += 1
+        files = {name: file for name, file in self._files.items() if name in marks}
+        written: dict[str, str] = {}
+        for name in changed:
+            file = f"{self._commits:08d}-{name}.records"
+            written[file] = self._write(file, encode_records(RecordDict({name: state[name]})))
+            files[name] = file
+        reply_file = f"{self._commits:08d}.reply"
+        written[reply_file] = self._write(reply_file, reply)
+        sums = {**self._manifest.get("sha256", {}), **written}
+        used = {*files.values(), reply_file}
+        manifest = {
+            "version": VERSION,
+            "owner": self._owner,
+            "commit": self._commits,
+            "key": key,
+            "reply": reply_file,
+            "records": files,
+            "sha256": {file: sums[file] for file in sorted(used)},
+        }
+        write_json(self.folder / "manifest.json", manifest)
+        self._manifest, self._files, self._kept = manifest, files, marks
+        self._sweep(used)
+
+    def _read_manifest(self) -> dict[str, Any]:
+        file = self.folder / "manifest.json"
+        if not file.exists():
+            return {}
+        try:
+            manifest: dict[str, Any] = json.loads(file.read_text())
+            version, owner = manifest["version"], manifest["owner"]
+            self._files, self._commits = dict(manifest["records"]), int(manifest["commit"])
+            self.last_key = str(manifest["key"])
+            reply_file = str(manifest["reply"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise FedkitError(f"{file} is damaged: {error}.") from error
+        if version != VERSION:
+            raise FedkitError(f"{file} was written by another version of fedkit.")
+        if owner != self._owner:
+            raise FedkitError(
+                f"{self.folder} holds the state of {_owner_text(owner)} in this federation, not of "
+                f"{_owner_text(self._owner)}: start the client as before, or give another "
+                "--state-dir."
+            )
+        self._manifest = manifest
+        self.last_reply = self._read(reply_file)
+        return manifest
+
+    def _write(self, file: str, buffers: Sequence[bytes]) -> str:
+        sha = hashlib.sha256()
+        for buffer in buffers:
+            sha.update(buffer)
+        write_whole(self.folder / file, buffers)
+        return sha.hexdigest()
+
+    def _read(self, file: str) -> bytes:
+        try:
+            data = (self.folder / os.path.basename(file)).read_bytes()  # noqa: PTH119
+        except OSError as error:
+            raise FedkitError(f"{self.folder / file} can't be read: {error.strerror}.") from error
+        if hashlib.sha256(data).hexdigest() != self._manifest["sha256"].get(file):
+            raise FedkitError(f"{self.folder / file} is damaged: its checksum is wrong.")
+        return data
+
+    def _sweep(self, used: set[str]) -> None:
+        for file in self.folder.iterdir():
+            if file.suffix in (".records", ".reply") and file.name not in used:
+                file.unlink(missing_ok=True)
+
+
+class _Identity:
+    """Equal only to itself: comparing models byte by byte would cost more than it saves."""
+
+    def __init__(self, record: Any) -> None:
+        self.record = record
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Identity) and other.record is self.record
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def _mark(state: RecordDict, name: str) -> Any:
+    """What tells whether a record has changed: arrays are replaced, small records edited."""
+    record = state[name]
+    if name in state.array_records:
+        return _Identity(record)
+    return sorted((key, repr(value)) for key, value in record.items())
+
+
+def _owner_text(owner: Any) -> str:
+    if isinstance(owner, dict) and {"model", "shard"} <= owner.keys():
+        return f"a {owner['model']} on shard {owner['shard']}"
+    return "another client"

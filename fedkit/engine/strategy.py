@@ -1,0 +1,193 @@
+"""What fedkit's strategies share beyond Flower's ``Strategy``: exchanges, members, hyper-parameters.
+
+A round is an ordered list of exchanges; each sends instructions (``configure``) and takes replies
+(``aggregate``), like Flower's train verbs. Flower's own strategies have the single exchange ``train``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar, TypeAlias
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Result, Strategy
+from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords
+
+from fedkit.engine.events import Event, Listener
+from fedkit.engine.roster import Member
+from fedkit.settings import FederationSettings, Value, as_config, build, key
+
+Aggregated: TypeAlias = tuple[ArrayRecord | None, MetricRecord | None]
+Configure: TypeAlias = Callable[[int, ArrayRecord, ConfigRecord, Grid], Iterable[Message]]
+Aggregate: TypeAlias = Callable[[int, Iterable[Message]], Aggregated]
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """One going and coming of messages in a round."""
+
+    name: str
+    configure: Configure
+    aggregate: Aggregate
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a strategy may know of its federation.
+
+    Attributes:
+        settings: the federation's settings.
+        outputs: number of logits, C.
+        public_samples: size of the public set, M0.
+        public_labels: its labels (int64 array, M0) if the federation uses them.
+        initial_arrays: makes the global model's initial weights, for strategies that have one.
+    """
+
+    settings: FederationSettings
+    outputs: int
+    public_samples: int
+    public_labels: Any
+    initial_arrays: Callable[[], ArrayRecord]
+
+
+class FederatedStrategy(Strategy):
+    """A strategy of fedkit's: Flower's verbs, over the members that the driver's grid offers."""
+
+    Hyperparameters: ClassVar[type]
+    # What a preset changes: hyper-parameters and federation settings by outside name.
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Value]]]
+    # Whether all clients train one architecture, the federation's `model`.
+    one_model: ClassVar[bool] = False
+
+    def __init__(self, hyper: Any, facts: Facts, emit: Listener) -> None:
+        self.hyper = hyper
+        self.facts = facts
+        self.emit = emit
+        self._members: dict[int, Member] = {}
+
+    @classmethod
+    def check(cls, settings: FederationSettings, hyper: Any) -> None:
+        """Raise ``UsageError`` for settings that make no sense together."""
+
+    def exchanges(self) -> Sequence[Exchange]:
+        """The exchanges of a round, in order."""
+        return [Exchange("train", self.configure_train, self.aggregate_train)]
+
+    def initial_arrays(self) -> ArrayRecord:
+        """The global model before the first round; empty where there is none."""
+        return ArrayRecord()
+
+    @staticmethod
+    def traffic(hyper: Any, model_bytes: int, outputs: int, public: int) -> tuple[int, int]:
+        """Tensor bytes a client sends up and takes down in a round, as ``--dry-run`` prints.
+
+        Args:
+            hyper: the strategy's hyper-parameters.
+            model_bytes: size of the client's state dict.
+            outputs: number of logits.
+            public: size of the public set.
+        """
+        raise NotImplementedError("a strategy tells what it sends")
+
+    def config(self, server_round: int) -> ConfigRecord:
+        """What goes with every instruction: the round and all hyper-parameters."""
+        return ConfigRecord({**as_config(self.hyper), "server-round": server_round})
+
+    def members(self, grid: Grid) -> Sequence[Member]:
+        """Who takes part in this round, in client order."""
+        members: Sequence[Member] = grid.members  # type: ignore[attr-defined]
+        return members
+
+    def instruct(
+        self,
+        members: Sequence[Member],
+        kind: str,
+        server_round: int,
+        content: Callable[[Member], RecordDict],
+    ) -> Iterator[Message]:
+        """One instruction of type ``kind`` for each member, made only when it is sent."""
+        self._members = {member.node_id: member for member in members}
+        for member in members:
+            yield Message(content(member), member.node_id, kind, group_id=str(server_round))
+
+    def answers(self, replies: Iterable[Message]) -> Iterator[tuple[Member, RecordDict]]:
+        """The replies that carry content, with the member that each came from, as they come."""
+        for reply in replies:
+            if reply.has_content() and reply.metadata.src_node_id in self._members:
+                yield self._members[reply.metadata.src_node_id], reply.content
+
+    def reject(self, server_round: int, exchange: str, member: Member, reason: object) -> None:
+        """Leave a reply out and say why; the round goes on with the others."""
+        text = f"the reply of {member.name} was left out: {reason}"
+        self.emit(Event("warning", server_round, exchange, member.client, text))
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Ask every member to measure its models (and the global one, where there is one)."""
+        content = RecordDict({"config": config})
+        if arrays:
+            content["arrays"] = arrays
+        return self.instruct(self.members(grid), "evaluate", server_round, lambda member: content)
+
+    def aggregate_evaluate(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> MetricRecord | None:
+        """The means over clients; the driver records each client's own."""
+        contents = [content for _, content in self.answers(replies)]
+        return aggregate_metricrecords(contents, "num-examples") if contents else None
+
+    def summary(self) -> None:
+        """Nothing to log: the run directory holds every setting."""
+
+    def start(
+        self,
+        grid: Grid,
+        initial_arrays: ArrayRecord,
+        num_rounds: int = 3,
+        timeout: float = 3600,
+        train_config: ConfigRecord | None = None,
+        evaluate_config: ConfigRecord | None = None,
+        evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
+    ) -> Result:
+        """Run the strategy over any Flower grid; fedkit's driver drives it on every engine.
+
+        Args:
+            grid: where the clients are.
+            initial_arrays: the global model's weights; empty takes the strategy's own.
+            num_rounds: how many rounds.
+            timeout: seconds for a whole round.
+            train_config, evaluate_config: must be None; hyper-parameters take their place.
+            evaluate_fn: measures the global model at the server.
+
+        Raises:
+            ValueError: a config was given.
+        """
+        from fedkit.engine.driver import Driver
+
+        if train_config or evaluate_config:
+            raise ValueError("fedkit's strategies take hyper-parameters, not configs")
+        settings = replace(self.facts.settings, rounds=num_rounds, round_timeout=timeout)
+        driver = Driver(self, grid, settings, self.emit, evaluate_fn=evaluate_fn)
+        return driver.run(initial_arrays or self.initial_arrays())
+
+
+def exchanges_of(strategy: Strategy) -> Sequence[Exchange]:
+    """The exchanges of any Flower strategy."""
+    if isinstance(strategy, FederatedStrategy):
+        return strategy.exchanges()
+    return [Exchange("train", strategy.configure_train, strategy.aggregate_train)]
+
+
+def build_hyperparameters(kind: type[FederatedStrategy], values: Mapping[str, Value]) -> Any:
+    """A strategy's hyper-parameters: its defaults, then its preset's, then ``values``.
+
+    Raises:
+        UsageError: an unknown preset or a value out of range.
+    """
+    chosen: Any = build(kind.Hyperparameters, values)  # checks the preset's name too
+    own = {key(item.name) for item in fields(kind.Hyperparameters)}
+    preset = {k: v for k, v in kind.PRESETS[chosen.preset].items() if k in own}
+    return build(kind.Hyperparameters, {**preset, **values})

@@ -1,0 +1,1 @@
+"""Knowledge that travels: logits, the public set they belong to, and how they are combined."""

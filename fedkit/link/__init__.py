@@ -1,0 +1,1 @@
+"""The gRPC link: Flower messages pushed over one held stream per client."""

@@ -1,0 +1,24 @@
+"""gRPC options of both sides: one liveness rule.
+
+The link is alive while HTTP/2 pings are answered, which gRPC does on threads of its own: a client that
+computes for an hour is not taken for dead, a vanished one is noticed within half a minute.
+"""
+
+from __future__ import annotations
+
+from fedkit.link.frames import MAX_FRAME_BYTES
+
+_COMMON = [
+    ("grpc.max_receive_message_length", MAX_FRAME_BYTES),
+    ("grpc.max_send_message_length", MAX_FRAME_BYTES),
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.max_pings_without_data", 0),
+]
+CLIENT_OPTIONS = [*_COMMON, ("grpc.enable_retries", 0)]
+SERVER_OPTIONS = [
+    *_COMMON,
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+    # Otherwise a second server on the same port starts too, and takes half of the clients.
+    ("grpc.so_reuseport", 0),
+]

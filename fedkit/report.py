@@ -1,0 +1,157 @@
+"""What people see: progress while a run goes on, and its result as a table."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.status import Status
+from rich.table import Table
+
+from fedkit.engine.events import Event
+from fedkit.engine.history import History
+
+
+class Progress:
+    """Prints a line a round, and in a terminal what is going on meanwhile."""
+
+    def __init__(self, rounds: int, *, quiet: bool = False, console: Console | None = None) -> None:
+        """Progress of a run of so many rounds; ``quiet`` leaves only warnings."""
+        self._rounds = rounds
+        self._quiet = quiet
+        self._console = console or Console(stderr=True, highlight=False)
+        self._history = History()
+        self._status: Status | None = None
+
+    def waiting(self, clients: int, address: str) -> None:
+        """The server is up and waits."""
+        self._now(f"waiting for {clients} client{'s' if clients > 1 else ''} at {address}")
+
+    def take(self, event: Event) -> None:
+        """Show one event."""
+        self._history.take(event)
+        if event.event == "warning":
+            self._print(f"[yellow]Warning:[/yellow] {event.name}", always=True)
+        elif event.event == "join":
+            self._print(f"client {event.client} joined: {event.name}, {event.value} samples")
+        elif event.event == "round_start":
+            self._now(f"round {event.round}/{self._rounds}: {event.n} clients at work")
+        elif event.event == "exchange":
+            self._now(f"round {event.round}/{self._rounds}: {event.exchange} done")
+        elif event.event == "round" and event.name == "seconds":
+            self._print(self._round_line())
+        elif event.event == "stop":
+            self.close()
+
+    def close(self) -> None:
+        """Take the status line off the terminal."""
+        if self._status is not None:
+            self._status.stop()
+            self._status = None
+
+    def _round_line(self) -> str:
+        row = self._history.rounds()[-1]
+        accuracies = "".join(
+            f"  {name} {row[f'mean_{name}_accuracy']:.3f}"
+            for name in ("personal", "global")
+            if row[f"mean_{name}_accuracy"] is not None
+        )
+        return (
+            f"round {row['round']:>{len(str(self._rounds))}}/{self._rounds}{accuracies}  "
+            f"{row['seconds']:.1f} s  up {size(row['bytes_up'])}  down {size(row['bytes_down'])}"
+        )
+
+    def _print(self, text: str, *, always: bool = False) -> None:
+        if always or not self._quiet:
+            self._console.print(text, soft_wrap=True)
+
+    def _now(self, text: str) -> None:
+        if self._quiet:
+            return
+        if not self._console.is_terminal:
+            if text.startswith("waiting"):
+                self._print(text)
+        elif self._status is None:
+            self._status = self._console.status(text)
+            self._status.start()
+        else:
+            self._status.update(text)
+
+
+def print_result(summary: dict[str, Any], path: Path, *, as_json: bool = False) -> None:
+    """The result of a run: a table of its clients, and where everything is."""
+    if as_json:
+        print(json.dumps({"run_dir": str(path), **summary}, indent=2))
+        return
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 110
+    console.print(client_table(summary))
+    console.print(
+        f"{summary['strategy']} (preset {summary['preset']}) on {summary['dataset']}, "
+        f"{summary['partition']}, public set {summary['public']}, seed {summary['seed']}: "
+        f"{summary['rounds']} rounds in {summary['seconds']:.1f} s",
+        soft_wrap=True,
+    )
+    console.print(f"Digest {summary['digest'][:16]}; everything is in {path}", soft_wrap=True)
+
+
+def client_table(summary: dict[str, Any]) -> Table:
+    """Each client's model, shard and samples, its accuracy alone and together, its bytes."""
+    clients = summary["clients"]
+    alone = any(client["alone_global_accuracy"] is not None for client in clients)
+    table = Table(title="Accuracy on the client's own test data, and on the common test set")
+    for name in ("client", "model", "shard", "samples"):
+        table.add_column(name, justify="left" if name == "model" else "right")
+    columns = ["personal_accuracy", "global_accuracy"]
+    if alone:
+        columns = ["alone_personal_accuracy", *columns[:1], "alone_global_accuracy", *columns[1:]]
+    for name in columns:
+        whose = "own" if "personal" in name else "common"
+        how = "alone" if name.startswith("alone") else "together"
+        table.add_column(f"{whose}\n{how}", justify="right")
+    table.add_column("up", justify="right")
+    table.add_column("down", justify="right")
+    for client in clients:
+        table.add_row(
+            str(client["id"]),
+            client["model"],
+            "-" if client["shard"] is None else str(client["shard"]),
+            str(client["examples"]),
+            *(_accuracy(client[name]) for name in columns),
+            size(client["bytes_up"]),
+            size(client["bytes_down"]),
+        )
+    if clients:
+        table.add_section()
+        means = [_mean([client[name] for client in clients]) for name in columns]
+        table.add_row(
+            "mean",
+            "",
+            "",
+            "",
+            *(_accuracy(mean) for mean in means),
+            size(summary["bytes_up"] / len(clients)),
+            size(summary["bytes_down"] / len(clients)),
+        )
+    return table
+
+
+def size(count: float) -> str:
+    """Bytes for people: 1.3 MB is 1.3 million bytes."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    raise AssertionError
+
+
+def _accuracy(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _mean(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None

@@ -1,0 +1,264 @@
+"""Settings: one name, one default, one sentence of help for each, wherever it is written.
+
+``num_shards`` here is ``--num-shards`` on the command line, ``num-shards`` in a TOML file, in
+``-o num-shards=8`` and in Flower's run config. The dataclasses below are the only place where a
+setting is declared; the command line, the files and the manual's tables are made from them.
+A strategy's hyper-parameters are declared in the same way, beside the strategy.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+from fedkit.errors import UsageError
+from fedkit.registry import suggest
+
+Value = bool | int | float | str
+T = TypeVar("T")
+
+
+def setting(
+    default: Value,
+    help: str,
+    *,
+    unit: str = "",
+    choices: tuple[str, ...] = (),
+    minimum: float | None = None,
+    above: float | None = None,
+    maximum: float | None = None,
+    source: str = "",
+) -> Any:
+    """Declare one setting of a dataclass: its default, what it means, and what it may be."""
+    return field(
+        default=default,
+        metadata={
+            "help": help,
+            "unit": unit,
+            "choices": choices,
+            "minimum": minimum,
+            "above": above,
+            "maximum": maximum,
+            "source": source,
+        },
+    )
+
+
+@dataclass(frozen=True)
+class FederationSettings:
+    """What the whole federation agrees on: the server's word, taken by every client at join."""
+
+    strategy: str = setting("ktpfl", "the algorithm: see `fedkit list strategies`")
+    rounds: int = setting(20, "how many rounds to run", unit="rounds", minimum=1)
+    min_clients: int = setting(
+        2, "a round needs this many clients; the first one waits for them", minimum=1
+    )
+    dataset: str = setting("digits", "the data set: see `fedkit list datasets`")
+    public: str = setting(
+        "auto",
+        "the public set, NAME:COUNT; with the data set's own name a seeded part of its training "
+        "data, which no client then holds; auto: digits:400, or 5000 samples of a larger set",
+    )
+    partition: str = setting(
+        "dirichlet:0.5", "how private data are dealt out: see `fedkit list partitions`"
+    )
+    public_labels: bool = setting(
+        False, "use the labels of the public set, where a strategy has a use for them"
+    )
+    num_shards: int = setting(
+        20, "into how many shards the private data are dealt; shards count from 0", minimum=1
+    )
+    seed: int = setting(1, "every random number of the run comes from this one", minimum=0)
+    model: str = setting(
+        "lenet", "the global model where a strategy has one, else the model of clients naming none"
+    )
+    val_fraction: float = setting(
+        0.0, "share of a client's training data held out for validation", minimum=0, maximum=0.5
+    )
+    select: str = setting("all", "who takes part in a round: see `fedkit list selectors`")
+    codec: str = setting("float32", "how logits travel: see `fedkit list codecs`")
+    alone: bool = setting(
+        False, "train beside each client's model the same model without exchange, as a reference"
+    )
+    eval_every: int = setting(
+        1, "measure every so many rounds; the last is always measured", unit="rounds", minimum=1
+    )
+    eval_samples: int = setting(
+        0,
+        "measure on so many samples of each set at most (0: all); the last round is whole",
+        unit="samples",
+        minimum=0,
+    )
+    round_timeout: float = setting(
+        3600.0,
+        "a round goes on without the clients that have not answered by then",
+        unit="seconds",
+        above=0,
+    )
+    threads: int = setting(
+        1, "torch threads of each process; part of the numbers, so never guessed", minimum=1
+    )
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """Where this machine keeps data sets; no business of the federation's."""
+
+    data_root: str = setting(
+        "", "folder of torchvision's data sets (default: $FEDKIT_DATA_ROOT)", unit="folder"
+    )
+    allow_checksum_mismatch: bool = setting(
+        False, "use files whose checksum is not the published one, with a warning"
+    )
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    """Where the server listens and writes."""
+
+    listen: str = setting("127.0.0.1:8090", "address to listen on; port 0 takes a free one")
+    run_dir: str = setting(
+        "", "folder for the results (default: runs/TIME-STRATEGY)", unit="folder"
+    )
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """What `fedkit run` adds: who the local clients are."""
+
+    clients: int = setting(4, "how many client processes to start", minimum=1)
+    models: str = setting(
+        "lenet,cnn,resnet18,shufflenet", "the clients' models, comma-separated, cycled over clients"
+    )
+    device: str = setting(
+        "auto", "where clients compute: auto, cpu, cuda, cuda:I or mps; auto takes a GPU if any"
+    )
+
+
+def key(name: str) -> str:
+    """A setting's name outside Python: ``num_shards`` is ``num-shards``."""
+    return name.replace("_", "-")
+
+
+def default_of(item: Field[Any]) -> Value:
+    """The declared default of a setting."""
+    assert item.default is not MISSING
+    value: Value = item.default
+    return value
+
+
+def read_toml(path: str) -> dict[str, Value]:
+    """The settings in a TOML file, by outside name.
+
+    Raises:
+        UsageError: no such file, no valid TOML, or a table or list where a value belongs.
+    """
+    try:
+        values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UsageError(f"There is no settings file {path}.") from error
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UsageError(f"The settings file {path} can't be read: {error}.") from error
+    for name, value in values.items():
+        if not isinstance(value, bool | int | float | str):
+            raise UsageError(f"{name} in {path} must be a single value, not {value!r}.")
+    return values
+
+
+def read_overrides(pairs: Iterable[str]) -> dict[str, Value]:
+    """``["num-shards=8"]`` from ``-o`` as settings by outside name (values still text)."""
+    values: dict[str, Value] = {}
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        if not equals or not name:
+            raise UsageError(f"-o takes key=value, not {pair!r}.")
+        values[name.strip()] = text.strip()
+    return values
+
+
+def merge(*layers: Mapping[str, Value]) -> dict[str, Value]:
+    """Later layers win; ``num_shards`` and ``num-shards`` are one name."""
+    merged: dict[str, Value] = {}
+    for layer in layers:
+        merged.update({key(name): value for name, value in layer.items()})
+    return merged
+
+
+def build(kind: type[T], values: Mapping[str, Value]) -> T:
+    """An instance of a settings dataclass from those of ``values`` that are its own.
+
+    Raises:
+        UsageError: a value of the wrong kind or outside its range; the sentence names both.
+    """
+    hints = get_type_hints(kind)
+    declared = fields(kind)  # type: ignore[arg-type]
+    return kind(
+        **{
+            item.name: _parse(item, hints[item.name], values[key(item.name)])
+            for item in declared
+            if key(item.name) in values
+        }
+    )
+
+
+def refuse_unknown(values: Mapping[str, Value], kinds: Iterable[type]) -> None:
+    """Raise ``UsageError`` for a name that none of the settings dataclasses declares."""
+    known = [key(item.name) for kind in kinds for item in fields(kind)]
+    for name in values:
+        if name not in known:
+            raise UsageError(f"There is no setting {name!r}{suggest(name, known)}.")
+
+
+def as_config(settings: Any) -> dict[str, Value]:
+    """A settings instance as plain values by outside name, as TOML and Flower's run config hold."""
+    return {key(name): value for name, value in asdict(settings).items()}
+
+
+def _parse(item: Field[Any], kind: type, value: Value) -> Value:
+    name = key(item.name)
+    parsed = _convert(name, kind, value)
+    choices = item.metadata["choices"]
+    if choices and parsed not in choices:
+        raise UsageError(f"{name} must be one of {', '.join(choices)}, not {parsed!r}.")
+    if isinstance(parsed, int | float) and not isinstance(parsed, bool):
+        _check_range(name, item, parsed)
+    return parsed
+
+
+def _convert(name: str, kind: type, value: Value) -> Value:
+    if kind is bool:
+        if isinstance(value, bool):
+            return value
+        if str(value).lower() in ("true", "yes", "on", "1"):
+            return True
+        if str(value).lower() in ("false", "no", "off", "0"):
+            return False
+        raise UsageError(f"{name} must be true or false, not {value!r}.")
+    if kind is str:
+        return str(value)
+    try:
+        if isinstance(value, bool):
+            raise ValueError
+        number = kind(value)
+        if kind is int and isinstance(value, float) and number != value:
+            raise ValueError
+    except (ValueError, OverflowError):
+        wanted = "a whole number" if kind is int else "a number"
+        raise UsageError(f"{name} must be {wanted}, not {value!r}.") from None
+    result: Value = number
+    return result
+
+
+def _check_range(name: str, item: Field[Any], number: float) -> None:
+    minimum, above, maximum = (item.metadata[word] for word in ("minimum", "above", "maximum"))
+    if number != number:
+        raise UsageError(f"{name} must be a number, not nan.")
+    if minimum is not None and number < minimum:
+        raise UsageError(f"{name} must be at least {minimum:g}, not {number:g}.")
+    if above is not None and number <= above:
+        raise UsageError(f"{name} must be above {above:g}, not {number:g}.")
+    if maximum is not None and number > maximum:
+        raise UsageError(f"{name} must be at most {maximum:g}, not {number:g}.")

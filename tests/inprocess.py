@@ -1,0 +1,150 @@
+"""A Flower grid whose clients live in this process: the same strategies and client apps, no network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any
+
+from flwr.app import Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid
+
+from fedkit.engine.driver import Driver
+from fedkit.engine.events import Event
+from fedkit.engine.facts import ServerView
+from fedkit.engine.history import History
+from fedkit.engine.plan import client_models, make_plan
+from fedkit.flower import (
+    decode_message,
+    encode_message,
+    error_reply,
+    new_context,
+    set_message_id,
+    take_identity,
+    unavailable_reply,
+)
+from fedkit.registry import load
+from fedkit.settings import as_config
+
+Tamper = Callable[[Message, Message], Message | None]
+
+
+class InProcessGrid(Grid):
+    """Runs each instruction when it is sent; ``tamper(instruction, reply)`` may change or lose it."""
+
+    def __init__(
+        self, apps: dict[int, tuple[ClientApp, Any]], tamper: Tamper | None = None
+    ) -> None:
+        self.apps = apps
+        self.tamper = tamper
+        self.absent: set[int] = set()
+        self._replies: dict[str, Message] = {}
+        self._count = 0
+
+    @property
+    def run(self) -> Any:
+        raise NotImplementedError
+
+    def set_run(self, run: Any) -> None:
+        raise NotImplementedError
+
+    def create_message(
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
+    ) -> Message:
+        return Message(content, dst_node_id, message_type, group_id=group_id)
+
+    def get_node_ids(self) -> list[int]:
+        return [node_id for node_id in self.apps if node_id not in self.absent]
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        keys = []
+        for message in messages:
+            self._count += 1
+            key = str(self._count)
+            set_message_id(message, key)
+            # Through the bytes and back, as on the wire.
+            sent = decode_message(b"".join(encode_message(message)))
+            app, context = self.apps[message.metadata.dst_node_id]
+            try:
+                reply = decode_message(b"".join(encode_message(app(sent, context))))
+            except ValueError as error:
+                reply = error_reply(sent, str(error))
+            if self.tamper is not None:
+                changed = self.tamper(sent, reply)
+                reply = unavailable_reply(sent, "lost") if changed is None else changed
+            self._replies[key] = reply
+            keys.append(key)
+        return keys
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        return [self._replies.pop(key) for key in list(message_ids) if key in self._replies]
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> list[Message]:
+        return self.pull_messages(self.push_messages(messages))
+
+
+class InProcessFederation:
+    """A federation as `fedkit run` would make it, without processes."""
+
+    def __init__(self, tamper: Tamper | None = None, **settings: Any) -> None:
+        take_identity()
+        self.plan = make_plan(settings, local=True)
+        self.events: list[Event] = []
+        self.history = History()
+        self.view = ServerView(self.plan)
+        self.strategy = self.plan.strategy(self.plan.hyper, self.view.facts(), self.emit)
+        app = load("clients", self.plan.federation.strategy)
+        apps = {}
+        for client, model in enumerate(client_models(self.plan)):
+            config = {
+                "partition-id": client,
+                "num-partitions": self.plan.federation.num_shards,
+                "model": model,
+                "device": "cpu",
+                "data-root": self.plan.data.data_root,
+                "allow-checksum-mismatch": self.plan.data.allow_checksum_mismatch,
+            }
+            context = new_context(client + 2, config)
+            context.run_config = as_config(self.plan.federation)
+            apps[client + 2] = (app, context)
+        self.grid = InProcessGrid(apps, tamper)
+        self.driver = Driver(
+            self.strategy,
+            self.grid,
+            self.plan.federation,
+            self.emit,
+            check=self.view.why_not,
+            evaluate_fn=self.view.measure_global if self.strategy.one_model else None,
+        )
+
+    def emit(self, event: Event) -> None:
+        self.events.append(event)
+        self.history.take(event)
+
+    def run(self) -> dict[str, Any]:
+        self.result = self.driver.run(self.strategy.initial_arrays())
+        return self.history.summary(
+            replace(self.plan.federation),
+            self.plan.hyper.preset,
+            self.driver.roster.members.values(),
+            status="completed",
+            stop_reason="all rounds are done",
+            engine="in-process",
+            seconds=0.0,
+            sent_up=None,
+            sent_down=None,
+        )
+
+    def context(self, client: int) -> Any:
+        return self.grid.apps[client + 2][1]
+
+    def warnings(self) -> list[str]:
+        return [str(event.name) for event in self.events if event.event == "warning"]

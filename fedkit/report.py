@@ -12,28 +12,29 @@ from rich.table import Table
 
 from fedkit.engine.events import Event
 from fedkit.engine.history import History
+from fedkit.settings import FederationSettings
 
 
 class Progress:
     """Prints a line a round, and in a terminal what is going on meanwhile."""
 
-    def __init__(self, rounds: int, *, quiet: bool = False, console: Console | None = None) -> None:
-        """Progress of a run of so many rounds; ``quiet`` leaves only warnings."""
-        self._rounds = rounds
+    def __init__(self, settings: FederationSettings, *, quiet: bool = False) -> None:
+        """Progress of a run with these settings; ``quiet`` leaves only warnings."""
+        self._rounds = settings.rounds
+        self._wanted = settings.min_clients
         self._quiet = quiet
-        self._console = console or Console(stderr=True, highlight=False)
+        self._console = Console(stderr=True, highlight=False)
         self._history = History()
         self._status: Status | None = None
-
-    def waiting(self, clients: int, address: str) -> None:
-        """The server is up and waits."""
-        self._now(f"waiting for {clients} client{'s' if clients > 1 else ''} at {address}")
 
     def take(self, event: Event) -> None:
         """Show one event."""
         self._history.take(event)
         if event.event == "warning":
             self._print(f"[yellow]Warning:[/yellow] {event.name}", always=True)
+        elif event.event == "listen":
+            many = "s" if self._wanted > 1 else ""
+            self._now(f"waiting for {self._wanted} client{many} at {event.name}")
         elif event.event == "join":
             self._print(f"client {event.client} joined: {event.name}, {event.value} samples")
         elif event.event == "round_start":

@@ -65,7 +65,7 @@ class KTpFLHyperparameters:
         1.0, "lambda in the matrix's objective", minimum=0, source="[D] 1"
     )
     local_epochs: int = setting(
-        5,
+        3,
         "epochs on private data (the ramp's top, with epoch-ramp)",
         unit="epochs",
         minimum=0,
@@ -78,7 +78,7 @@ class KTpFLHyperparameters:
         16, "batch size on private data", unit="samples", minimum=1, source="[C] 16"
     )
     distill_epochs: int = setting(
-        5, "epochs on the personal target", unit="epochs", minimum=0, source="[C] 1; default [D]"
+        3, "epochs on the personal target", unit="epochs", minimum=0, source="[C] 1; default [D]"
     )
     distill_batch: int = setting(
         64,

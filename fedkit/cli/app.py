@@ -78,7 +78,7 @@ def main() -> None:
     sys.exit(status if isinstance(status, int) else 0)
 
 
-def say_goodbye_to_parent() -> None:
+def end_with_parent() -> None:
     """Under `fedkit run`: end when the parent is gone, however it went (its end of stdin closes)."""
     if not os.environ.get("FEDKIT_EXIT_WITH_PARENT"):
         return

@@ -68,12 +68,12 @@ def client(
     settings: dict[str, Any],
 ) -> None:
     """Take part in a federation as one device; every other setting comes from the server."""
-    from fedkit.cli.app import quiet, say_goodbye_to_parent
+    from fedkit.cli.app import end_with_parent, quiet
     from fedkit.engine.client import Client, ClientPlan
     from fedkit.registry import check
     from fedkit.settings import build
 
-    say_goodbye_to_parent()
+    end_with_parent()
     if model is not None:
         check("models", model)
     if dataset is not None:

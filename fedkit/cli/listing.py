@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from fedkit.cli.options import Format, wants_json
 from fedkit.errors import UsageError
 from fedkit.registry import KINDS, load, names, suggest
 
@@ -33,11 +34,10 @@ def list_names(
     strategy: Annotated[
         str, typer.Argument(help="With settings: the strategy whose hyper-parameters to show.")
     ] = "ktpfl",
-    format: Annotated[str, typer.Option(help="text or json.")] = "text",
+    format: Format = "text",
 ) -> None:
     """Tell what there is, one line each, plug-ins included."""
-    if format not in ("text", "json"):
-        raise UsageError(f"--format takes text or json, not {format!r}.")
+    as_json = wants_json(format)
     if kind == "settings":
         rows = _settings(strategy)
     elif kind in SHOWN:
@@ -45,7 +45,7 @@ def list_names(
     else:
         known = [*SHOWN, "settings"]
         raise UsageError(f"There is no list of {kind!r}{suggest(kind, known)}.")
-    if format == "json":
+    if as_json:
         print(json.dumps(rows, indent=2))
         return
     width = max(len(row["name"]) for row in rows)

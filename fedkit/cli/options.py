@@ -9,6 +9,7 @@ from typing import Annotated, Any, TypeVar, get_type_hints
 
 import typer
 
+from fedkit.errors import UsageError
 from fedkit.settings import Value, default_of, key
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -29,6 +30,16 @@ ConfigFile = Annotated[
         "--config", metavar="FILE", help="Take settings from a TOML file.  [default: none]"
     ),
 ]
+
+
+Format = Annotated[str, typer.Option(metavar="text|json", help="How to print the answer.")]
+
+
+def wants_json(format: str) -> bool:
+    """Whether ``--format`` asks for JSON; ``UsageError`` if it asks for something unknown."""
+    if format not in ("text", "json"):
+        raise UsageError(f"--format takes text or json, not {format!r}.")
+    return format == "json"
 
 
 def with_settings(*kinds: type, leave_out: frozenset[str] = frozenset()) -> Callable[[F], F]:

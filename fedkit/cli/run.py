@@ -7,8 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fedkit.cli.options import ConfigFile, Overrides, with_settings
-from fedkit.errors import UsageError
+from fedkit.cli.options import ConfigFile, Format, Overrides, wants_json, with_settings
 from fedkit.settings import (
     DataSettings,
     FederationSettings,
@@ -43,7 +42,7 @@ def run(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print who would get what, and start nothing.")
     ] = False,
-    format: Annotated[str, typer.Option(help="Print the result as text or json.")] = "text",
+    format: Format = "text",
     *,
     settings: dict[str, Any],
 ) -> None:
@@ -56,8 +55,7 @@ def run(
     from fedkit.engine.plan import make_plan
     from fedkit.report import Progress, print_result
 
-    if format not in ("text", "json"):
-        raise UsageError(f"--format takes text or json, not {format!r}.")
+    as_json = wants_json(format)
     given = merge(read_toml(config) if config else {}, read_overrides(option or []), settings)
     plan = make_plan(given, local=True)
     if dry_run:
@@ -65,11 +63,11 @@ def run(
         from fedkit.engine.dryrun import print_plan
 
         planned = plan_only(plan)
-        print(json.dumps(planned, indent=2)) if format == "json" else print_plan(planned)
+        print(json.dumps(planned, indent=2)) if as_json else print_plan(planned)
         return
-    progress = Progress(plan.federation.rounds, quiet=quiet)
+    progress = Progress(plan.federation, quiet=quiet)
     try:
         result = run_local(plan, [progress.take])
     finally:
         progress.close()
-    print_result(result.summary, result.directory, as_json=format == "json")
+    print_result(result.summary, result.directory, as_json=as_json)

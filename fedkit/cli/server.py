@@ -6,7 +6,7 @@ from typing import Any
 
 import typer
 
-from fedkit.cli.options import ConfigFile, Overrides, with_settings
+from fedkit.cli.options import ConfigFile, Format, Overrides, wants_json, with_settings
 from fedkit.settings import (
     DataSettings,
     FederationSettings,
@@ -33,18 +33,25 @@ def register(app: typer.Typer) -> None:
 
 @with_settings(FederationSettings, ServerSettings, DataSettings)
 def server(
-    config: ConfigFile = None, option: Overrides = None, *, settings: dict[str, Any]
+    config: ConfigFile = None,
+    option: Overrides = None,
+    format: Format = "text",
+    *,
+    settings: dict[str, Any],
 ) -> None:
     """Run a federation's server: wait for clients, run the rounds, write the result."""
-    from fedkit.cli.app import quiet, say_goodbye_to_parent
+    from fedkit.cli.app import end_with_parent, quiet
     from fedkit.engine.plan import make_plan
     from fedkit.engine.server import serve
     from fedkit.report import Progress, print_result
 
-    say_goodbye_to_parent()
+    as_json = wants_json(format)
+    end_with_parent()
     given = merge(read_toml(config) if config else {}, read_overrides(option or []), settings)
     plan = make_plan(given)
-    progress = Progress(plan.federation.rounds, quiet=quiet)
-    progress.waiting(plan.federation.min_clients, plan.server.listen)
-    path, summary = serve(plan, [progress.take])
-    print_result(summary, path)
+    progress = Progress(plan.federation, quiet=quiet)
+    try:
+        path, summary = serve(plan, [progress.take])
+    finally:
+        progress.close()
+    print_result(summary, path, as_json=as_json)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from fedkit.link.server import LinkServer
 from fedkit.rundir import RunDirectory, default_path
 
 _log = logging.getLogger(__name__)
+APART = frozenset({"query.join", "evaluate", "train.alone"})
 
 
 class Stopped(Exception):
@@ -45,7 +46,7 @@ def serve(plan: Plan, listeners: Sequence[Listener] = ()) -> tuple[Path, dict[st
         rundir.write_config(plan.values())
         rundir.write_text("address", address)
         _log.info("Listening on %s, writing to %s.", address, rundir.path)
-        summary = _Run(plan, link, federation, rundir, listeners).to_the_end()
+        summary = _Run(plan, link, federation, rundir, address, listeners).to_the_end()
         goodbye = f"The run is over: {summary['stop_reason']}."
     except FedkitError as error:
         goodbye = f"The server ended: {error}"
@@ -67,6 +68,7 @@ class _Run:
         link: LinkServer,
         federation: str,
         rundir: RunDirectory,
+        address: str,
         listeners: Sequence[Listener],
     ) -> None:
         self._plan = plan
@@ -76,6 +78,7 @@ class _Run:
         self._history = History()
         self._listeners = [rundir.record, self._history.take, *listeners]
         self._started = time.monotonic()
+        self._emit(Event("listen", name=address))
 
     def to_the_end(self) -> dict[str, Any]:
         """All rounds, then the summary; on the way out of an error the summary says which."""
@@ -119,8 +122,8 @@ class _Run:
                 stop_reason=reason,
                 engine="grpc",
                 seconds=time.monotonic() - self._started,
-                sent_up=sum(self._link.bytes_received.values()),
-                sent_down=sum(self._link.bytes_sent.values()),
+                sent_up=_training(self._link.bytes_received),
+                sent_down=_training(self._link.bytes_sent),
             )
             self._emit(Event("stop", name=status, value=reason))
             self._rundir.write("summary.json", summary)
@@ -130,3 +133,8 @@ class _Run:
     def _emit(self, event: Event) -> None:
         for listener in self._listeners:
             listener(event)
+
+
+def _training(carried: Mapping[str, int]) -> int:
+    """Bytes of what the algorithm sends: joining, measuring and the reference are apart."""
+    return sum(size for kind, size in carried.items() if kind not in APART)

@@ -103,7 +103,7 @@ class LinkGrid(Grid):
         buffers = encode_message(message)
         message.content = RecordDict()  # only the envelope is needed from here on
         self._sent[key] = message
-        self._link.send(meta.dst_node_id, key, buffers)
+        self._link.send(meta.dst_node_id, key, buffers, account=meta.message_type)
         return key
 
     def _reply(self, key: str, data: bytearray | Lost) -> Message:

@@ -11,6 +11,7 @@ import asyncio
 import hmac
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -43,6 +44,14 @@ class Lost:
     reason: str
 
 
+@dataclass(frozen=True)
+class Instruction:
+    """What a client has been sent and has not answered yet."""
+
+    buffers: Sequence[bytes]
+    account: str
+
+
 @dataclass(eq=False)
 class Node:
     """One client as the link sees it; survives its connection."""
@@ -51,7 +60,7 @@ class Node:
     identity: str
     secret: str
     name: str
-    pending: dict[str, Sequence[bytes]] = field(default_factory=dict)
+    pending: dict[str, Instruction] = field(default_factory=dict)
     unsent: list[str] = field(default_factory=list)
     wake: asyncio.Event = field(default_factory=asyncio.Event)
     connected: bool = False
@@ -91,8 +100,9 @@ class LinkServer:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="link", daemon=True)
         self._server: grpc.aio.Server | None = None
-        self.bytes_received: dict[int, int] = {}
-        self.bytes_sent: dict[int, int] = {}
+        # What the link really carried, by the account that ``send`` named.
+        self.bytes_received: Counter[str] = Counter()
+        self.bytes_sent: Counter[str] = Counter()
 
     def listen(self, address: str) -> str:
         """Bind and serve; returns the address with the port that was taken.
@@ -114,8 +124,15 @@ class LinkServer:
             node = self._nodes.get(node_id)
         return node.name if node else f"node {node_id}"
 
-    def send(self, node_id: int, key: str, buffers: Sequence[bytes]) -> None:
-        """Queue an instruction; waits while too many transfers are under way (back-pressure)."""
+    def send(self, node_id: int, key: str, buffers: Sequence[bytes], account: str = "") -> None:
+        """Queue an instruction; waits while too many transfers are under way (back-pressure).
+
+        Args:
+            node_id: who gets it.
+            key: what it and its reply are known by.
+            buffers: its bytes.
+            account: on which its bytes and its reply's are counted.
+        """
         self._transfers.acquire()
         with self._lock:
             node = self._nodes.get(node_id)
@@ -124,7 +141,7 @@ class LinkServer:
                 self._settle(key, Lost("it is not connected"))
                 return
             self._holding.add(key)
-            node.pending[key] = buffers
+            node.pending[key] = Instruction(buffers, account)
             node.unsent.append(key)
         self._loop.call_soon_threadsafe(node.wake.set)
 
@@ -150,7 +167,7 @@ class LinkServer:
                 self._results.pop(key, None)
 
     def dismiss(self, node_id: int, sentence: str) -> None:
-        """End a client's session with a sentence; it does not come back by itself."""
+        """End a client's session with a sentence; its process ends, too."""
         refusal = Refusal(grpc.StatusCode.FAILED_PRECONDITION, sentence)
         with self._lock:
             node = self._nodes.get(node_id)
@@ -242,8 +259,6 @@ class LinkServer:
                     grpc.StatusCode.ALREADY_EXISTS,
                     f"{node.name} is connected already: two processes use one state directory.",
                 )
-            if node is not None and node.refusal is not None:
-                raise node.refusal
             node_id = node.node_id if node else len(self._by_identity) + 2  # 1 is the server
             welcome = self._greet(hello, node_id)
             if node is None:
@@ -251,6 +266,8 @@ class LinkServer:
                 self._nodes[node_id] = node
                 self._by_identity[identity] = node
             node.connected, node.left, node.lost_at = True, False, None
+            # Sent away before: it may have been mended since, and is judged anew.
+            node.refusal = None
             node.wake = asyncio.Event()
             node.unsent = list(node.pending)
             node.wake.set()
@@ -261,6 +278,7 @@ class LinkServer:
             node.connected = False
             if node.left or node.goodbye is not None or node.refusal is not None:
                 self._drop(node, "it left" if node.left else "it was sent away")
+                self._part(node.node_id)
             else:
                 node.lost_at = time.monotonic()
                 self._loop.call_later(RECONNECT_GRACE_S, self._give_up, node, node.lost_at)
@@ -313,36 +331,33 @@ class LinkServer:
             await asyncio.gather(reader, writer, return_exceptions=True)
 
     async def _read(self, node: Node, context: Any) -> None:
-        assembler = Assembler()
+        assembler, carried = Assembler(), 0
         while True:
             data = await context.read()
             if data is grpc.aio.EOF:
                 return
-            self._count(self.bytes_received, node, len(data))
+            carried += len(data)
             kind, head, body = parse_frame(data)
             if kind is Kind.MESSAGE:
                 complete = assembler.begin(head)
             elif kind is Kind.CHUNK:
                 complete = assembler.add(body)
             elif kind is Kind.LEAVE:
-                self._leave(node)
+                node.left = True
                 return
             else:
                 raise FrameError(f"a client does not send {kind.name}")
             if complete is not None:
-                self._receive(node, *complete)
+                self._receive(node, *complete, carried)
+                carried = 0
 
-    def _receive(self, node: Node, key: str, data: bytearray) -> None:
+    def _receive(self, node: Node, key: str, data: bytearray, carried: int) -> None:
         with self._lock:
             # Not pending: late, a duplicate, or somebody else's; none may count.
             if key in node.pending:
+                self.bytes_received[node.pending[key].account] += carried
                 self._forget(node, key)
                 self._settle(key, data)
-
-    def _leave(self, node: Node) -> None:
-        with self._lock:
-            node.left = True
-        self._part(node.node_id)
 
     async def _write(self, node: Node, context: Any) -> None:
         while True:
@@ -353,10 +368,10 @@ class LinkServer:
                     if not node.unsent:
                         break
                     key = node.unsent.pop(0)
-                    buffers = node.pending.get(key)
+                    instruction = node.pending[key]
                 try:
-                    for data in message_frames(key, buffers or []):
-                        self._count(self.bytes_sent, node, len(data))
+                    for data in message_frames(key, instruction.buffers):
+                        self.bytes_sent[instruction.account] += len(data)
                         await context.write(data)
                 finally:
                     with self._lock:
@@ -366,7 +381,3 @@ class LinkServer:
             if node.goodbye is not None:
                 await context.write(frame(Kind.BYE, {"reason": node.goodbye}))
                 return
-
-    @staticmethod
-    def _count(counter: dict[int, int], node: Node, size: int) -> None:
-        counter[node.node_id] = counter.get(node.node_id, 0) + size

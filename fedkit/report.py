@@ -86,9 +86,7 @@ def print_result(summary: dict[str, Any], path: Path, *, as_json: bool = False) 
     if as_json:
         print(json.dumps({"run_dir": str(path), **summary}, indent=2))
         return
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = 110
+    console = wide_console()
     console.print(client_table(summary))
     console.print(
         f"{summary['strategy']} (preset {summary['preset']}) on {summary['dataset']}, "
@@ -138,6 +136,14 @@ def client_table(summary: dict[str, Any]) -> Table:
             size(summary["bytes_down"] / len(clients)),
         )
     return table
+
+
+def wide_console() -> Console:
+    """The terminal; wide enough for a table where the output goes to a file."""
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 110
+    return console
 
 
 def size(count: float) -> str:

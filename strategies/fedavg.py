@@ -17,7 +17,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 from flwr.serverapp import Grid
 from numpy.typing import NDArray
 
-from fedkit.engine.strategy import FederatedStrategy
+from fedkit.engine.strategy import FederatedStrategy, Traffic
 from fedkit.knowledge.reduction import NothingToAverage, weighted_mean
 from fedkit.settings import Value, setting
 
@@ -80,7 +80,7 @@ class FedAvg(FederatedStrategy):
         return ArrayRecord({name: Array(mean[name]) for name in self._global}), None
 
     @staticmethod
-    def traffic(hyper: Any, model_bytes: int, outputs: int, public: int) -> tuple[int, int]:
+    def traffic(hyper: Any, model_bytes: int, outputs: int, public: int, codec: str) -> Traffic:
         """The model, both ways."""
         return model_bytes, model_bytes
 

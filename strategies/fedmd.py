@@ -200,12 +200,6 @@ class FedMD(PublicRound):
         """Nothing to combine: models stay on their devices."""
         return None, None
 
-    @staticmethod
-    def traffic(hyper: Any, model_bytes: int, outputs: int, public: int) -> tuple[int, int]:
-        """4 M C up, 4 M C + 4 M down, whatever the models (codec float32)."""
-        samples = min(hyper.public_samples, public)
-        return 4 * samples * outputs, 4 * samples * outputs + 4 * samples
-
     def _weighted(
         self, server_round: int, replies: Iterable[Message]
     ) -> Iterable[tuple[float, Logits]]:

@@ -196,12 +196,6 @@ class KTpFL(PublicRound):
         """Nothing to combine: models stay on their devices."""
         return None, None
 
-    @staticmethod
-    def traffic(hyper: Any, model_bytes: int, outputs: int, public: int) -> tuple[int, int]:
-        """4 M C up, 4 M C + 4 M down (personal), whatever the models (codec float32)."""
-        samples = min(hyper.public_samples, public)
-        return 4 * samples * outputs, 4 * samples * outputs + 4 * samples
-
     def _make_room(self, clients: list[int]) -> None:
         new = [client for client in clients if client not in self._rows]
         if not new:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 
 from fedkit.data.partitions import Indices
 from fedkit.engine.roster import Member
-from fedkit.engine.strategy import FederatedStrategy
+from fedkit.engine.strategy import FederatedStrategy, Traffic
 from fedkit.knowledge import codecs, subset
 from fedkit.knowledge.codecs import Logits
 from fedkit.seeds import numpy_generator
@@ -17,6 +18,13 @@ from fedkit.seeds import numpy_generator
 
 class PublicRound(FederatedStrategy):
     """A strategy whose rounds rest on a public subset U_t, named by explicit indices."""
+
+    @staticmethod
+    def traffic(hyper: Any, model_bytes: int, outputs: int, public: int, codec: str) -> Traffic:
+        """M x C logits up; as many targets and M indices down: whatever the models are."""
+        samples = min(hyper.public_samples, public)
+        logits = codecs.payload_bytes(codec, samples, outputs)
+        return logits, logits + 4 * samples
 
     def draw_subset(
         self,

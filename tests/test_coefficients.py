@@ -266,10 +266,10 @@ def test_a_large_penalty_pulls_to_uniform(case):
 
 @given(cases())
 def test_without_penalty_the_code_prefers_oneself(case):
-    """J_k's first term is least at c_k = e_k: one's own weight never falls below the others' mean."""
+    """From 1/N the step on oneself is the mean step plus |S_k - T_k|^2: above the row's mean."""
     _, soft, _ = case
-    stepped = softmax_step(uniform(len(soft)), soft, penalty=0.0)
-    assert (np.diag(stepped) >= 1 / len(soft) - 1e-9).all()
+    scores = np.log(softmax_step(uniform(len(soft)), soft, penalty=0.0))
+    assert (np.diag(scores) >= scores.mean(axis=1) - 1e-9).all()
 
 
 @given(st.floats(math.log(3.3e-6), math.log(150)).map(math.exp))

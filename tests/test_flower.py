@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 
 import numpy as np
 import pytest
@@ -238,16 +239,52 @@ def test_payload_bytes_of_messages_without_tensors_is_zero():
     assert payload_bytes(error_reply(instruction(RecordDict()), "no")) == 0
 
 
+GOOD = Array(np.zeros(3, np.float32)).data
+
+
+def huge_header() -> bytes:
+    """A NumPy header that announces far more than follows."""
+    file = io.BytesIO()
+    description = {"descr": "<f4", "fortran_order": False, "shape": (10**14,)}
+    np.lib.format.write_array_header_1_0(file, description)
+    return file.getvalue()
+
+
 @pytest.mark.parametrize(
-    "array",
+    ("dtype", "shape", "stype", "data"),
     [
-        Array("nonsense", (3,), "numpy.ndarray", Array(np.zeros(3)).data),
-        Array("float32", (-3,), "numpy.ndarray", Array(np.zeros(3)).data),
+        ("nonsense", (3,), "numpy.ndarray", GOOD),
+        ("float32", (-3,), "numpy.ndarray", GOOD),
+        ("float32", (3,), "nonsense", GOOD),
+        ("float32", (3,), "numpy.ndarray", b""),
+        ("float32", (3,), "numpy.ndarray", b"nonsense"),
+        ("float32", (3,), "numpy.ndarray", b"PK\x03\x04nonsense"),
+        ("float32", (3,), "numpy.ndarray", b"\x80\x04nonsense"),
+        ("float32", (3,), "numpy.ndarray", huge_header()),
+        ("float32", (3,), "numpy.ndarray", GOOD[:-1]),
+        ("float32", (4,), "numpy.ndarray", GOOD),
+        ("float64", (3,), "numpy.ndarray", GOOD),
     ],
-    ids=["dtype", "shape"],
+    ids=[
+        "dtype",
+        "shape",
+        "stype",
+        "empty",
+        "text",
+        "zip",
+        "pickle",
+        "huge",
+        "short",
+        "other-shape",
+        "other-dtype",
+    ],
 )
-def test_an_array_described_by_nonsense_is_a_value_error(array):
-    """The server counts the bytes of every reply: a foreign description must not end the run."""
-    data = b"".join(encode_message(instruction(RecordDict({"r": ArrayRecord({"a": array})}))))
+def test_a_reply_with_a_nonsense_array_gives_only_value_errors(dtype, shape, stype, data):
+    """A server counts and reads what clients send: nothing in a reply may end the run."""
+    record = ArrayRecord({"a": Array(dtype, shape, stype, data)})
+    sent = b"".join(encode_message(instruction(RecordDict({"r": record}))))
     with pytest.raises(ValueError):
-        payload_bytes(decode_message(data))
+        back = decode_message(sent)
+        payload_bytes(back)
+        back.content.array_records["r"]["a"].numpy()
+        raise AssertionError("its description and its bytes disagree, and nobody minds")

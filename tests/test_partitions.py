@@ -100,6 +100,11 @@ def test_no_dirichlet_shard_is_tiny(seed):
     assert min(len(part) for part in dealt("dirichlet:0.1", SMALL, 8, seed)) >= MIN_SHARD == 10
 
 
+@pytest.mark.parametrize("alpha", ["1e-3", "1e-300"])
+def test_shares_that_underflow_are_dealt_all_the_same(alpha):
+    assert_keeps_contract(dealt(f"dirichlet:{alpha}", SMALL, 3), SMALL, 3)
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_a_full_shard_gets_no_more_of_later_classes(seed):
     """The balance cap: beyond n/N a shard has at most the class that filled it."""
@@ -108,7 +113,19 @@ def test_a_full_shard_gets_no_more_of_later_classes(seed):
         assert (labels != labels.max()).sum() < len(SMALL) / 10
 
 
-@pytest.mark.parametrize(("alpha", "shards"), [("0.01", 20), ("0.05", 100), ("1e-300", 3)])
+def test_no_place_in_the_row_is_special():
+    """What rounding leaves over must not give one shard a sample of every class."""
+    held = np.array(
+        [
+            [len(set(SMALL[part])) for part in dealt("dirichlet:0.1", SMALL, 10, seed)]
+            for seed in range(60)
+        ]
+    )
+    # About four classes a shard, 1.5 more or less from draw to draw: means within 5 deviations.
+    assert np.abs(held.mean(axis=0) - held.mean()).max() < 5 * 1.5 / np.sqrt(60)
+
+
+@pytest.mark.parametrize(("alpha", "shards"), [("0.01", 20), ("0.05", 100)])
 def test_an_impossible_dirichlet_says_how_near_it_came(alpha, shards):
     with pytest.raises(UsageError, match=r"take a larger alpha or fewer shards") as refusal:
         dealt(f"dirichlet:{alpha}", np.repeat(np.arange(10), 140), shards)

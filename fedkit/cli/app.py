@@ -19,7 +19,7 @@ app = typer.Typer(
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
+    rich_markup_mode=None,
     epilog="Start with: fedkit run --strategy ktpfl --clients 4",
 )
 _debug = False
@@ -68,7 +68,7 @@ def main() -> None:
         module.register(app)
     signal.signal(signal.SIGTERM, _on_sigterm)
     try:
-        status = _command().main(standalone_mode=False)
+        status = _command().main(_global_first(sys.argv[1:]), standalone_mode=False)
     except FedkitError as error:
         _fail(str(error), error.exit_code, error)
     except KeyboardInterrupt:
@@ -91,6 +91,12 @@ def end_with_parent() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=watch, name="parent", daemon=True).start()
+
+
+def _global_first(words: list[str]) -> list[str]:
+    """`fedkit run -q` means `fedkit -q run`: these options may stand anywhere."""
+    anywhere = {"--debug", "--verbose", "-v", "--quiet", "-q"}
+    return [w for w in words if w in anywhere] + [w for w in words if w not in anywhere]
 
 
 def _command() -> Any:

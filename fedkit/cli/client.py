@@ -11,17 +11,16 @@ from fedkit.cli.options import with_settings
 from fedkit.errors import UsageError
 from fedkit.settings import DataSettings
 
-EXAMPLES = """Examples:
-
+EXAMPLES = """\b
+Examples:
   fedkit client --model resnet18 --data-shard 3
-
   fedkit client --model lenet --data-shard auto --server 10.0.0.5:8090 --state-dir /var/lib/fedkit
 """
 
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
-    app.command(epilog=EXAMPLES)(client)
+    app.command(epilog=EXAMPLES, short_help="Take part in a federation as one device.")(client)
 
 
 @with_settings(DataSettings)
@@ -38,7 +37,12 @@ def client(
         ),
     ] = None,
     server: Annotated[
-        str, typer.Option(metavar="HOST:PORT", help="Where the server listens.")
+        str,
+        typer.Option(
+            metavar="HOST:PORT",
+            help="Where the server listens.  [default: 127.0.0.1:8090]",
+            show_default=False,
+        ),
     ] = "127.0.0.1:8090",
     dataset: Annotated[
         str | None, typer.Option(help="Refuse a federation on another data set.")
@@ -51,7 +55,11 @@ def client(
         int | None, typer.Option(help="Refuse a federation with another number of shards.")
     ] = None,
     device: Annotated[
-        str, typer.Option(help="Where it computes: auto, cpu, cuda, cuda:I or mps.")
+        str,
+        typer.Option(
+            help="Where it computes: auto, cpu, cuda, cuda:I or mps.  [default: auto]",
+            show_default=False,
+        ),
     ] = "auto",
     state_dir: Annotated[
         Path | None,
@@ -62,7 +70,12 @@ def client(
     ] = None,
     max_wait_time: Annotated[
         float,
-        typer.Option(min=0, help="Go on trying to reach the server for so many seconds."),
+        typer.Option(
+            min=0,
+            metavar="SECONDS",
+            help="Go on trying to reach the server for so long.  [default: 30 seconds]",
+            show_default=False,
+        ),
     ] = 30.0,
     *,
     settings: dict[str, Any],

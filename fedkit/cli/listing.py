@@ -13,12 +13,10 @@ from fedkit.cli.options import Format, wants_json
 from fedkit.errors import UsageError
 from fedkit.registry import KINDS, load, names, suggest
 
-EXAMPLES = """Examples:
-
+EXAMPLES = """\b
+Examples:
   fedkit list models
-
   fedkit list settings ktpfl
-
   fedkit list partitions --format json
 """
 SHOWN = [kind for kind in KINDS if kind != "clients"]
@@ -26,7 +24,7 @@ SHOWN = [kind for kind in KINDS if kind != "clients"]
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
-    app.command("list", epilog=EXAMPLES)(list_names)
+    app.command("list", epilog=EXAMPLES, short_help="Tell what there is.")(list_names)
 
 
 def list_names(

@@ -32,7 +32,14 @@ ConfigFile = Annotated[
 ]
 
 
-Format = Annotated[str, typer.Option(metavar="text|json", help="How to print the answer.")]
+Format = Annotated[
+    str,
+    typer.Option(
+        metavar="text|json",
+        help="How to print the answer.  [default: text]",
+        show_default=False,
+    ),
+]
 
 
 def wants_json(format: str) -> bool:
@@ -77,7 +84,8 @@ def describe(item: Field[Any]) -> str:
     """A setting's help with its unit and default, as one line."""
     unit, default = item.metadata["unit"], default_of(item)
     shown = _shown(default)
-    unit_text = f" {unit}" if unit and shown and not isinstance(default, bool | str) else ""
+    many = unit.removesuffix("s") if default == 1 else unit
+    unit_text = f" {many}" if unit and not isinstance(default, bool | str) else ""
     tail = f"  [default: {shown}{unit_text}]" if shown else ""
     return f"{_sentence(item.metadata['help'])}{tail}"
 

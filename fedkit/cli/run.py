@@ -18,21 +18,18 @@ from fedkit.settings import (
     read_toml,
 )
 
-EXAMPLES = """Examples:
-
+EXAMPLES = """\b
+Examples:
   fedkit run --strategy ktpfl --clients 4 --rounds 10
-
   fedkit run --strategy fedmd --models lenet,resnet18 --partition classes:4 -o digest-epochs=2
-
   fedkit run --strategy fedavg --model cnn --dry-run
-
   fedkit run --config runs/2026-11-21T17-45-03-ktpfl/config.toml
 """
 
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
-    app.command(epilog=EXAMPLES)(run)
+    app.command(epilog=EXAMPLES, short_help="Run a whole federation on this machine.")(run)
 
 
 @with_settings(FederationSettings, RunSettings, ServerSettings, DataSettings)

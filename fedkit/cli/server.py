@@ -16,19 +16,17 @@ from fedkit.settings import (
     read_toml,
 )
 
-EXAMPLES = """Examples:
-
+EXAMPLES = """\b
+Examples:
   fedkit server --strategy ktpfl
-
   fedkit server --strategy fedavg --model cnn --dataset mnist --data-root ~/data -o local-epochs=1
-
   fedkit server --config runs/2026-11-21T17-45-03-ktpfl/config.toml --run-dir again
 """
 
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
-    app.command(epilog=EXAMPLES)(server)
+    app.command(epilog=EXAMPLES, short_help="Run a federation's server.")(server)
 
 
 @with_settings(FederationSettings, ServerSettings, DataSettings)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from fedkit.data.splits import cut
 from fedkit.engine.plan import Plan, client_models
 from fedkit.models.build import build_model, parameter_count
-from fedkit.report import size
+from fedkit.report import size, wide_console
 
 
 def dry_run(plan: Plan) -> dict[str, Any]:
@@ -25,7 +24,9 @@ def dry_run(plan: Plan) -> dict[str, Any]:
     for client, name in enumerate(client_models(plan)):
         model = build_model(name, data.shape, data.outputs, settings.seed, client)
         model_bytes = sum(t.numel() * t.element_size() for t in model.state_dict().values())
-        up, down = plan.strategy.traffic(plan.hyper, model_bytes, data.outputs, len(data.public))
+        up, down = plan.strategy.traffic(
+            plan.hyper, model_bytes, data.outputs, len(data.public), settings.codec
+        )
         shard = data.shard(client)
         rows.append(
             {
@@ -54,7 +55,7 @@ def dry_run(plan: Plan) -> dict[str, Any]:
 
 def print_plan(planned: dict[str, Any]) -> None:
     """The plan as a table."""
-    console = Console(highlight=False)
+    console = wide_console()
     table = Table(title=f"{planned['strategy']} (preset {planned['preset']}), a round of it")
     for name in ("client", "model", "shard", "samples", "parameters", "up", "down", "memory"):
         table.add_column(name, justify="left" if name == "model" else "right")

@@ -20,6 +20,7 @@ from fedkit.engine.roster import Member
 from fedkit.settings import FederationSettings, Value, as_config, build, key
 
 Aggregated: TypeAlias = tuple[ArrayRecord | None, MetricRecord | None]
+Traffic: TypeAlias = tuple[int, int]
 Configure: TypeAlias = Callable[[int, ArrayRecord, ConfigRecord, Grid], Iterable[Message]]
 Aggregate: TypeAlias = Callable[[int, Iterable[Message]], Aggregated]
 
@@ -80,7 +81,7 @@ class FederatedStrategy(Strategy):
         return ArrayRecord()
 
     @staticmethod
-    def traffic(hyper: Any, model_bytes: int, outputs: int, public: int) -> tuple[int, int]:
+    def traffic(hyper: Any, model_bytes: int, outputs: int, public: int, codec: str) -> Traffic:
         """Tensor bytes a client sends up and takes down in a round, as ``--dry-run`` prints.
 
         Args:
@@ -88,6 +89,7 @@ class FederatedStrategy(Strategy):
             model_bytes: size of the client's state dict.
             outputs: number of logits.
             public: size of the public set.
+            codec: how logits travel.
         """
         raise NotImplementedError("a strategy tells what it sends")
 

@@ -62,6 +62,13 @@ def pack(codec: str, logits: Logits) -> ArrayRecord:
     return ArrayRecord({name: Array(np.ascontiguousarray(a)) for name, a in encoded.items()})
 
 
+def payload_bytes(codec: str, rows: int, classes: int) -> int:
+    """Bytes that ``rows`` x ``classes`` logits take in a codec."""
+    coder: Codec = load("codecs", codec)()
+    encoded = coder.encode(np.zeros((rows, classes), dtype=np.float32))
+    return sum(array.nbytes for array in encoded.values())
+
+
 def unpack(codec: str, record: ArrayRecord, rows: int, classes: int) -> Logits:
     """The logits in a record of a message that came from outside.
 

@@ -12,7 +12,7 @@ import torch
 from flwr.app import ConfigRecord, Context, Message
 from torch import Tensor
 
-from clients import memory
+from clients import memory, public
 from clients.common import client_app, keep, reply
 from clients.edge import OWN, Edge, edge_of
 from clients.training import (
@@ -23,7 +23,6 @@ from clients.training import (
     make_optimiser,
     train,
 )
-from fedkit.knowledge import codecs, subset
 from fedkit.models.measure import measure, predict
 
 
@@ -70,22 +69,10 @@ def communicate(message: Message, context: Context) -> Message:
     """Class scores on the public subset of this round, in evaluation mode."""
     edge = edge_of(context)
     config = message.content.config_records["config"]
-    record = message.content.array_records["subset"]
-    indices = subset.read(record, len(edge.public))
-    context.state["subset"] = record
-    public = edge.public.take(torch.from_numpy(indices))
-    scores = predict(edge.own, public)
+    scores = predict(edge.own, public.asked(message, context, edge))
     if config["space"] == "prob":
         scores = torch.softmax(scores / cast(float, config["temperature"]), dim=1)
-    return reply(
-        message,
-        edge,
-        {},
-        {
-            "logits": codecs.pack(edge.settings.codec, scores.cpu().numpy()),
-            "answer": ConfigRecord({"subset-digest": subset.digest(indices)}),
-        },
-    )
+    return reply(message, edge, {}, public.answer(context, edge, scores))
 
 
 @app.train("digest")
@@ -93,22 +80,11 @@ def digest(message: Message, context: Context) -> Message:
     """Approach the consensus on the public subset, then revisit the private data."""
     edge = edge_of(context)
     config = message.content.config_records["config"]
-    indices = subset.read(context.state.array_records["subset"], len(edge.public))
-    if subset.digest(indices) != config["subset-digest"]:
-        raise ValueError("the consensus belongs to another public subset than the one answered")
-    public = edge.public.take(torch.from_numpy(indices))
-    consensus = torch.from_numpy(
-        codecs.unpack(
-            edge.settings.codec,
-            message.content.array_records["consensus"],
-            len(indices),
-            edge.outputs,
-        )
-    ).to(edge.device)
+    samples, consensus = public.targets(message, context, edge, "consensus")
     optimiser = _optimiser(edge, context, OWN, "digest", config)
     digest_loss = train(
         edge.own,
-        public,
+        samples,
         consensus,
         _digest_loss(config),
         optimiser,

@@ -7,10 +7,10 @@ from typing import cast
 import torch
 from flwr.app import ConfigRecord, Context, Message
 
+from clients import public
 from clients.common import client_app, keep, reply
 from clients.edge import OWN, Edge, edge_of
 from clients.training import cross_entropy, kl_divergence, make_optimiser, train
-from fedkit.knowledge import codecs, subset
 from fedkit.models.measure import predict
 
 
@@ -40,21 +40,11 @@ def local(message: Message, context: Context) -> Message:
     """Train on the private data, then answer S_k = softmax(z / temperature) on the public subset."""
     edge = edge_of(context)
     config = message.content.config_records["config"]
-    record = message.content.array_records["subset"]
-    indices = subset.read(record, len(edge.public))
+    samples = public.asked(message, context, edge)
     loss = local_work(edge, context, OWN, config)
-    context.state["subset"] = record
-    scores = predict(edge.own, edge.public.take(torch.from_numpy(indices)))
+    scores = predict(edge.own, samples)
     soft = torch.softmax(scores / cast(float, config["temperature"]), dim=1)
-    return reply(
-        message,
-        edge,
-        {"train_loss": loss},
-        {
-            "logits": codecs.pack(edge.settings.codec, soft.cpu().numpy()),
-            "answer": ConfigRecord({"subset-digest": subset.digest(indices)}),
-        },
-    )
+    return reply(message, edge, {"train_loss": loss}, public.answer(context, edge, soft))
 
 
 @app.train("distill")
@@ -62,19 +52,11 @@ def distill(message: Message, context: Context) -> Message:
     """Learn from the personal target T_k on the subset just answered."""
     edge = edge_of(context)
     config = message.content.config_records["config"]
-    indices = subset.read(context.state.array_records["subset"], len(edge.public))
-    if subset.digest(indices) != config["subset-digest"]:
-        raise ValueError("the target belongs to another public subset than the one answered")
-    target = codecs.unpack(
-        edge.settings.codec,
-        message.content.array_records["target"],
-        len(indices),
-        edge.outputs,
-    )
+    samples, target = public.targets(message, context, edge, "target")
     loss = train(
         edge.own,
-        edge.public.take(torch.from_numpy(indices)),
-        torch.from_numpy(target).to(edge.device),
+        samples,
+        target,
         kl_divergence(
             cast(float, config["temperature"]),
             reduction=cast(str, config["reduction"]),

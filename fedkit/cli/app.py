@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import signal
 import sys
 from typing import Annotated, Any, NoReturn
@@ -11,6 +10,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from fedkit import __version__
+from fedkit.cli import terminal
 from fedkit.errors import FedkitError
 
 app = typer.Typer(
@@ -23,7 +23,6 @@ app = typer.Typer(
     epilog="Start with: fedkit run --strategy ktpfl --clients 4",
 )
 _debug = False
-quiet = False
 
 
 def _print_version(wanted: bool) -> None:
@@ -51,8 +50,9 @@ def options(
     ] = False,
 ) -> None:
     """Federated learning between devices with different neural networks."""
-    global _debug, quiet
-    _debug, quiet = debug, silent
+    global _debug
+    _debug = debug
+    terminal.quiet = silent
     level = logging.DEBUG if debug else logging.INFO if verbose else logging.WARNING
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("fedkit").setLevel(level)
@@ -76,21 +76,6 @@ def main() -> None:
     except Exception as error:
         status = _other(error)
     sys.exit(status if isinstance(status, int) else 0)
-
-
-def end_with_parent() -> None:
-    """Under `fedkit run`: end when the parent is gone, however it went (its end of stdin closes)."""
-    if not os.environ.get("FEDKIT_EXIT_WITH_PARENT"):
-        return
-    import threading
-
-    def watch() -> None:
-        # The bare descriptor: Python's own stdin holds a lock that must be free when it exits.
-        while os.read(0, 1024):
-            continue
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    threading.Thread(target=watch, name="parent", daemon=True).start()
 
 
 def _global_first(words: list[str]) -> list[str]:

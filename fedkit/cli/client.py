@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from fedkit.cli import terminal
 from fedkit.cli.options import with_settings
 from fedkit.errors import UsageError
 from fedkit.settings import DataSettings
@@ -81,12 +82,11 @@ def client(
     settings: dict[str, Any],
 ) -> None:
     """Take part in a federation as one device; every other setting comes from the server."""
-    from fedkit.cli.app import end_with_parent, quiet
     from fedkit.engine.client import Client, ClientPlan
     from fedkit.registry import check
     from fedkit.settings import build
 
-    end_with_parent()
+    terminal.end_with_parent()
     if model is not None:
         check("models", model)
     if dataset is not None:
@@ -105,7 +105,7 @@ def client(
     )
     one = Client(plan)
     goodbye = one.run()
-    if not quiet:
+    if not terminal.quiet:
         print(goodbye)
         if one.model_path:
             print(f"The model is in {one.model_path}.")

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import Field, fields
 from typing import Annotated, Any, TypeVar, get_type_hints
 
 import typer
 
 from fedkit.errors import UsageError
-from fedkit.settings import Value, default_of, key
+from fedkit.settings import Value, default_of, key, merge, read_overrides, read_toml
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -49,20 +49,27 @@ def wants_json(format: str) -> bool:
     return format == "json"
 
 
-def with_settings(*kinds: type, leave_out: frozenset[str] = frozenset()) -> Callable[[F], F]:
+def layered(
+    config: str | None, overrides: list[str] | None, typed: dict[str, Value]
+) -> dict[str, Value]:
+    """Settings from all places where they may stand: options win over -o, that over the file."""
+    return merge(read_toml(config) if config else {}, read_overrides(overrides or []), typed)
+
+
+def with_settings(*kinds: type, defaults: Mapping[str, str] | None = None) -> Callable[[F], F]:
     """Give a command one option for each setting of ``kinds``; it gets those typed as ``settings``.
 
     The command's own parameters stay; its parameter ``settings`` takes a dict by outside name.
+    ``defaults`` are shown instead of the declared ones where a command has its own.
     """
 
     def decorate(command: F) -> F:
         own = inspect.signature(command, eval_str=True).parameters
         kept = [parameter for name, parameter in own.items() if name != "settings"]
         made = [
-            _parameter(item, get_type_hints(kind)[item.name])
+            _parameter(item, get_type_hints(kind)[item.name], (defaults or {}).get(key(item.name)))
             for kind in kinds
             for item in fields(kind)
-            if item.name not in leave_out
         ]
         names = {parameter.name for parameter in made}
 
@@ -80,8 +87,10 @@ def with_settings(*kinds: type, leave_out: frozenset[str] = frozenset()) -> Call
     return decorate
 
 
-def describe(item: Field[Any]) -> str:
-    """A setting's help with its unit and default, as one line."""
+def describe(item: Field[Any], shown: str | None = None) -> str:
+    """A setting's help with its unit and default (or what is ``shown`` instead), as one line."""
+    if shown is not None:
+        return f"{_sentence(item.metadata['help'])}  [default: {shown}]"
     unit, default = item.metadata["unit"], default_of(item)
     shown = _shown(default)
     many = unit.removesuffix("s") if default == 1 else unit
@@ -90,12 +99,12 @@ def describe(item: Field[Any]) -> str:
     return f"{_sentence(item.metadata['help'])}{tail}"
 
 
-def _parameter(item: Field[Any], kind: type) -> inspect.Parameter:
+def _parameter(item: Field[Any], kind: type, shown: str | None) -> inspect.Parameter:
     name = f"--{key(item.name)}"
     flags = (f"{name}/--no-{key(item.name)}",) if kind is bool else (name,)
     choices = item.metadata["choices"]
     metavar = None if kind is bool else ("|".join(choices) if choices else _metavar(kind, item))
-    option = typer.Option(*flags, help=describe(item), show_default=False, metavar=metavar)
+    option = typer.Option(*flags, help=describe(item, shown), show_default=False, metavar=metavar)
     annotation = Annotated[kind | None, option]  # type: ignore[valid-type]
     return inspect.Parameter(
         item.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation

@@ -7,15 +7,21 @@ from typing import Annotated, Any
 
 import typer
 
-from fedkit.cli.options import ConfigFile, Format, Overrides, wants_json, with_settings
+from fedkit.cli import terminal
+from fedkit.cli.options import (
+    ConfigFile,
+    Format,
+    Overrides,
+    layered,
+    wants_json,
+    with_settings,
+)
+from fedkit.engine.plan import LOCAL_DEFAULTS
 from fedkit.settings import (
     DataSettings,
     FederationSettings,
     RunSettings,
     ServerSettings,
-    merge,
-    read_overrides,
-    read_toml,
 )
 
 EXAMPLES = """\b
@@ -32,7 +38,19 @@ def register(app: typer.Typer) -> None:
     app.command(epilog=EXAMPLES, short_help="Run a whole federation on this machine.")(run)
 
 
-@with_settings(FederationSettings, RunSettings, ServerSettings, DataSettings)
+@with_settings(
+    FederationSettings,
+    RunSettings,
+    ServerSettings,
+    DataSettings,
+    defaults={
+        "rounds": f"{LOCAL_DEFAULTS['rounds']} rounds",
+        "alone": "yes",
+        "num-shards": "as many as clients",
+        "min-clients": "all of them",
+        "listen": "127.0.0.1 and a free port",
+    },
+)
 def run(
     config: ConfigFile = None,
     option: Overrides = None,
@@ -43,18 +61,13 @@ def run(
     *,
     settings: dict[str, Any],
 ) -> None:
-    """Run a whole federation on this machine: a server and its clients, as real processes.
-
-    Here num-shards and min-clients are the number of clients unless set, rounds is 10, and alone is on.
-    """
-    from fedkit.cli.app import quiet
+    """Run a whole federation on this machine: a server and its clients, as real processes."""
     from fedkit.engine.local import run_local
     from fedkit.engine.plan import make_plan
     from fedkit.report import Progress, print_result
 
     as_json = wants_json(format)
-    given = merge(read_toml(config) if config else {}, read_overrides(option or []), settings)
-    plan = make_plan(given, local=True)
+    plan = make_plan(layered(config, option, settings), local=True)
     if dry_run:
         from fedkit.engine.dryrun import dry_run as plan_only
         from fedkit.engine.dryrun import print_plan
@@ -62,7 +75,7 @@ def run(
         planned = plan_only(plan)
         print(json.dumps(planned, indent=2)) if as_json else print_plan(planned)
         return
-    progress = Progress(plan.federation, quiet=quiet)
+    progress = Progress(plan.federation, quiet=terminal.quiet)
     try:
         result = run_local(plan, [progress.take])
     finally:

@@ -6,14 +6,19 @@ from typing import Any
 
 import typer
 
-from fedkit.cli.options import ConfigFile, Format, Overrides, wants_json, with_settings
+from fedkit.cli import terminal
+from fedkit.cli.options import (
+    ConfigFile,
+    Format,
+    Overrides,
+    layered,
+    wants_json,
+    with_settings,
+)
 from fedkit.settings import (
     DataSettings,
     FederationSettings,
     ServerSettings,
-    merge,
-    read_overrides,
-    read_toml,
 )
 
 EXAMPLES = """\b
@@ -38,16 +43,14 @@ def server(
     settings: dict[str, Any],
 ) -> None:
     """Run a federation's server: wait for clients, run the rounds, write the result."""
-    from fedkit.cli.app import end_with_parent, quiet
     from fedkit.engine.plan import make_plan
     from fedkit.engine.server import serve
     from fedkit.report import Progress, print_result
 
     as_json = wants_json(format)
-    end_with_parent()
-    given = merge(read_toml(config) if config else {}, read_overrides(option or []), settings)
-    plan = make_plan(given)
-    progress = Progress(plan.federation, quiet=quiet)
+    terminal.end_with_parent()
+    plan = make_plan(layered(config, option, settings))
+    progress = Progress(plan.federation, quiet=terminal.quiet)
     try:
         path, summary = serve(plan, [progress.take])
     finally:

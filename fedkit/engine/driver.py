@@ -7,15 +7,15 @@ has, so that an algorithm file holds nothing but its algorithm.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
-from flwr.supercore.run import Run
 
 from fedkit.engine.events import Event, Listener
 from fedkit.engine.roster import Check, Member, Roster
+from fedkit.engine.round_grid import RoundGrid
 from fedkit.engine.strategy import Exchange, FederatedStrategy, exchanges_of
 from fedkit.errors import FedkitError
 from fedkit.flower import payload_bytes
@@ -26,76 +26,6 @@ from fedkit.settings import FederationSettings
 JOIN_POLL_S = 0.02
 REJOIN_WAIT_S = 60.0
 EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
-
-
-class RoundGrid(Grid):
-    """The grid that a strategy sees in one round: who takes part, and what time is left."""
-
-    def __init__(self, grid: Grid, members: Sequence[Member], deadline: float) -> None:
-        """``members`` in client order; ``deadline`` on the monotonic clock."""
-        self._grid = grid
-        self.members = members
-        self.deadline = deadline
-        self.waited = 0.0
-
-    def send_and_receive(
-        self, messages: Iterable[Message], *, timeout: float | None = None
-    ) -> Iterable[Message]:
-        """Replies in client order; ``timeout`` can only shorten what is left of the round."""
-        left = max(0.0, self.deadline - time.monotonic())
-        wait = left if timeout is None else min(left, timeout)
-        started = time.monotonic()
-        replies = self._grid.send_and_receive(messages, timeout=wait)
-        order = {member.node_id: at for at, member in enumerate(self.members)}
-        unknown = len(order)
-        # An engine may answer lazily; fedkit's own grid does, in the order of sending.
-        iterator = iter(replies)
-        if isinstance(replies, list):
-            replies.sort(key=lambda reply: order.get(reply.metadata.src_node_id, unknown))
-            iterator = iter(replies)
-        self.waited += time.monotonic() - started
-        return self._timed(iterator)
-
-    def _timed(self, replies: Iterator[Message]) -> Iterator[Message]:
-        while True:
-            started = time.monotonic()
-            reply = next(replies, None)
-            self.waited += time.monotonic() - started
-            if reply is None:
-                return
-            yield reply
-
-    def get_node_ids(self) -> Iterable[int]:
-        """The nodes that take part in this round."""
-        return [member.node_id for member in self.members]
-
-    def set_run(self, run: Run) -> None:
-        """As the engine's grid does."""
-        self._grid.set_run(run)
-
-    @property
-    def run(self) -> Run:
-        """As the engine's grid says."""
-        return self._grid.run
-
-    def create_message(
-        self,
-        content: RecordDict,
-        message_type: str,
-        dst_node_id: int,
-        group_id: str,
-        ttl: float | None = None,
-    ) -> Message:
-        """As the engine's grid does."""
-        return self._grid.create_message(content, message_type, dst_node_id, group_id, ttl)
-
-    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """As the engine's grid does."""
-        return self._grid.push_messages(messages)
-
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """As the engine's grid does."""
-        return self._grid.pull_messages(message_ids)
 
 
 class Driver:

@@ -7,7 +7,7 @@ from typing import Any
 
 import grpc
 
-from fedkit.link.server import Refusal
+from fedkit.link.node import Refusal
 from fedkit.settings import FederationSettings, as_config
 
 # A client may name these only to be sure that they are what it expects.

@@ -17,7 +17,8 @@ from fedkit.flower import (
     set_message_id,
     unavailable_reply,
 )
-from fedkit.link.server import LinkServer, Lost
+from fedkit.link.node import Lost
+from fedkit.link.server import LinkServer
 
 
 class LinkGrid(Grid):

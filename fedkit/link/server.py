@@ -13,7 +13,6 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
@@ -23,56 +22,11 @@ from fedkit.errors import FedkitError
 from fedkit.link.channel import SERVER_OPTIONS
 from fedkit.link.frames import METHOD, PROTOCOL, Assembler, FrameError, Kind, frame, message_frames
 from fedkit.link.frames import parse as parse_frame
+from fedkit.link.node import Instruction, Lost, Node, Refusal
 
 RECONNECT_GRACE_S = 8.0
 HELLO_WAIT_S = 10.0
 TRANSFERS_IN_FLIGHT = 64
-
-
-class Refusal(Exception):
-    """Why a client may not come in, as a gRPC status and a sentence."""
-
-    def __init__(self, status: grpc.StatusCode, sentence: str) -> None:
-        super().__init__(sentence)
-        self.status = status
-
-
-@dataclass(frozen=True)
-class Lost:
-    """Stands for the reply of a client that is gone."""
-
-    reason: str
-
-
-@dataclass(frozen=True)
-class Instruction:
-    """What a client has been sent and has not answered yet."""
-
-    buffers: Sequence[bytes]
-    account: str
-
-
-@dataclass(eq=False)
-class Node:
-    """One client as the link sees it; survives its connection."""
-
-    node_id: int
-    identity: str
-    secret: str
-    name: str
-    pending: dict[str, Instruction] = field(default_factory=dict)
-    unsent: list[str] = field(default_factory=list)
-    wake: asyncio.Event = field(default_factory=asyncio.Event)
-    connected: bool = False
-    left: bool = False
-    lost_at: float | None = None
-    goodbye: str | None = None
-    refusal: Refusal | None = None
-
-    @property
-    def here(self) -> bool:
-        """Connected, or gone so shortly that it may come back."""
-        return self.connected or self.lost_at is not None
 
 
 Greet = Callable[[dict[str, Any], int], dict[str, Any]]

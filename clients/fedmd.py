@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import cast
 
 import torch
-from flwr.app import ConfigRecord, Context, Message
+from flwr.app import ConfigRecord, Context, Message, MetricRecord
 from torch import Tensor
 
 from clients import memory, public
@@ -47,6 +47,10 @@ def init(message: Message, context: Context) -> Message:
     """Before the first round: train on the public set (if its labels are used), then privately."""
     edge = edge_of(context)
     config = message.content.config_records["config"]
+    done = context.state.metric_records.get("init")
+    if done is not None:
+        # The reply was lost, not the training.
+        return reply(message, edge, cast(dict[str, float], dict(done)))
     metrics: dict[str, float] = {}
     if edge.settings.public_labels:
         metrics["pretrain_loss"] = _pretrain(edge, config)
@@ -61,6 +65,7 @@ def init(message: Message, context: Context) -> Message:
         patience=cast(int, config["init-patience"]),
     )
     edge.start_alone(context)
+    context.state["init"] = MetricRecord(dict(metrics.items()))
     return reply(message, edge, metrics)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import importlib.util
 from collections.abc import Iterable
+from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,7 @@ def suggest(word: str, known: Iterable[str]) -> str:
     return f" (there is: {', '.join(known)})" if known else ""
 
 
+@cache
 def _entry(kind: str, name: str) -> EntryPoint:
     found = list(entry_points(group=f"fedkit.{kind}", name=name))
     if not found:

@@ -101,6 +101,8 @@ def project_to_simplex(rows: NDArray[np.float64]) -> NDArray[np.float64]:
     Sort descending, take the last j with u_j > (sum_{i<=j} u_i - 1) / j, subtract that threshold and
     clip at 0 (Held, Wolfe & Crowder 1974; Duchi et al. 2008, figure 1).
     """
+    # The projection does not depend on a common shift; small numbers keep their digits.
+    rows = rows - rows.max(axis=1, keepdims=True)
     descending = -np.sort(-rows, axis=1)
     thresholds = (np.cumsum(descending, axis=1) - 1) / np.arange(1, rows.shape[1] + 1)
     last = rows.shape[1] - 1 - np.argmax((descending > thresholds)[:, ::-1], axis=1)

@@ -18,6 +18,7 @@ from flwr.serverapp import Grid
 from numpy.typing import NDArray
 
 from fedkit.engine.strategy import FederatedStrategy, Traffic
+from fedkit.knowledge.arrays import read_array
 from fedkit.knowledge.reduction import NothingToAverage, weighted_mean
 from fedkit.settings import Value, setting
 
@@ -110,7 +111,7 @@ def _arrays(content: RecordDict, wanted: ArrayRecord) -> dict[str, NDArray[np.ge
         raise ValueError("it is not the global model's state dict")
     arrays: dict[str, NDArray[np.generic]] = {}
     for name, array in record.items():
-        values, model = array.numpy(), wanted[name]
+        values, model = read_array(name, array), wanted[name]
         if values.shape != tuple(model.shape) or str(values.dtype) != model.dtype:
             raise ValueError(
                 f"{name} is {values.dtype} {values.shape}, not {model.dtype} {tuple(model.shape)}"

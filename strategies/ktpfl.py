@@ -228,7 +228,7 @@ class KTpFL(PublicRound):
             stepped = projection_step(
                 rows,
                 soft,
-                examples / examples.sum(),
+                examples / max(examples.sum(), 1.0),
                 rate=self.hyper.matrix_rate,
                 penalty=self.hyper.penalty,
                 divergence_weight=self.hyper.divergence_weight,

@@ -65,6 +65,11 @@ def dirichlet(
     flwr-datasets' ``DirichletPartitioner``, which draws in another order.
     """
     alpha = _positive("dirichlet", argument)
+    if len(labels) < MIN_SHARD * shards:
+        raise UsageError(
+            f"{len(labels)} private samples make no {shards} shards of {MIN_SHARD} samples or more: "
+            "take fewer shards."
+        )
     best = 0
     for _ in range(DIRICHLET_DRAWS):
         parts = _draw_dirichlet(labels, shards, alpha, generator)
@@ -126,7 +131,9 @@ def _draw_dirichlet(
         total = shares.sum()
         # With a tiny alpha every share that is left may underflow to zero.
         shares = shares / total if total > 0 else np.full(shards, 1 / shards)
-        cuts = (np.cumsum(shares)[:-1] * len(mine)).astype(np.int64)
+        # Rounded, not floored as in the papers' code: that gives the last shard a stray sample
+        # of nearly every class.
+        cuts = np.rint(np.cumsum(shares)[:-1] * len(mine)).astype(np.int64)
         for shard, piece in enumerate(np.split(mine, cuts)):
             parts[shard].append(piece)
             sizes[shard] += len(piece)

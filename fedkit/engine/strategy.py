@@ -6,6 +6,7 @@ A round is an ordered list of exchanges; each sends instructions (``configure``)
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, TypeAlias
@@ -13,7 +14,6 @@ from typing import Any, ClassVar, TypeAlias
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
-from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords
 
 from fedkit.engine.events import Event, Listener
 from fedkit.engine.roster import Member
@@ -137,9 +137,16 @@ class FederatedStrategy(Strategy):
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]
     ) -> MetricRecord | None:
-        """The means over clients; the driver records each client's own."""
-        contents = [content for _, content in self.answers(replies)]
-        return aggregate_metricrecords(contents, "num-examples") if contents else None
+        """Means over the clients that measured something; the driver records each client's own."""
+        sums: dict[str, float] = defaultdict(float)
+        counts: dict[str, int] = defaultdict(int)
+        for _, content in self.answers(replies):
+            for record in content.metric_records.values():
+                for name, value in record.items():
+                    if isinstance(value, int | float):
+                        sums[name] += value
+                        counts[name] += 1
+        return MetricRecord({name: sums[name] / counts[name] for name in sums}) if sums else None
 
     def summary(self) -> None:
         """Nothing to log: the run directory holds every setting."""

@@ -13,6 +13,7 @@ import numpy as np
 from flwr.app import Array, ArrayRecord
 from numpy.typing import NDArray
 
+from fedkit.knowledge.arrays import read_array
 from fedkit.registry import load
 
 Logits: TypeAlias = NDArray[np.float32]
@@ -43,7 +44,7 @@ class Float32:
 
 
 class Float16:
-    """float16: half precision; 2 M C bytes, relative error at most 2^-11 (values within 65504)."""
+    """float16: half precision; 2 M C bytes, error at most max(2^-11 |x|, 2^-25) for |x| <= 65504."""
 
     def encode(self, logits: Logits) -> dict[str, NDArray[np.generic]]:
         """One float16 array, M x C; larger values are clipped to the format's largest."""
@@ -78,8 +79,8 @@ def unpack(codec: str, record: ArrayRecord, rows: int, classes: int) -> Logits:
     """
     coder: Codec = load("codecs", codec)()
     try:
-        logits = coder.decode({name: array.numpy() for name, array in record.items()})
-    except (KeyError, ValueError, TypeError, EOFError) as error:
+        logits = coder.decode({name: read_array(name, array) for name, array in record.items()})
+    except (KeyError, ValueError) as error:
         raise ValueError(f"its logits are not in the codec {codec}: {error}") from error
     if logits.shape != (rows, classes):
         raise ValueError(f"its logits have the shape {logits.shape}, not {(rows, classes)}")

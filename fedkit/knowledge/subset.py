@@ -12,6 +12,7 @@ from flwr.app import Array, ArrayRecord
 from numpy.typing import NDArray
 
 from fedkit.data.partitions import Indices
+from fedkit.knowledge.arrays import read_array
 
 
 def draw(
@@ -51,12 +52,15 @@ def read(record: ArrayRecord, total: int) -> Indices:
     Raises:
         ValueError: not one-dimensional whole numbers below ``total``.
     """
-    indices = record["indices"].numpy()
+    if "indices" not in record:
+        raise ValueError("the subset is not a list of indices")
+    indices = read_array("indices", record["indices"])
     if indices.ndim != 1 or indices.dtype != np.int32 or not len(indices):
         raise ValueError("the subset is not a list of indices")
-    if indices.min() < 0 or indices.max() >= total:
+    whole: Indices = indices.astype(np.int64)
+    if whole.min() < 0 or whole.max() >= total:
         raise ValueError(f"the subset reaches beyond the {total} public samples")
-    return indices.astype(np.int64)
+    return whole
 
 
 def digest(indices: Indices) -> str:

@@ -1,0 +1,28 @@
+"""Arrays that came from outside, read with care."""
+
+from __future__ import annotations
+
+import numpy as np
+from flwr.app import Array
+from numpy.typing import NDArray
+
+
+def read_array(name: str, array: Array) -> NDArray[np.generic]:
+    """The values of the array ``name`` in a message; exactly what its description says.
+
+    Raises:
+        ValueError: its bytes are no such array.
+    """
+    try:
+        values = array.numpy()
+        described = np.dtype(array.dtype)
+    except Exception as error:  # NumPy answers foreign bytes with many kinds of error
+        raise ValueError(f"{name} can't be read: {error}") from error
+    if not isinstance(values, np.ndarray):
+        raise ValueError(f"{name} can't be read: it is an archive")
+    if values.shape != tuple(array.shape) or values.dtype != described:
+        raise ValueError(
+            f"{name} is {values.dtype} {values.shape}, but was described as "
+            f"{array.dtype} {tuple(array.shape)}"
+        )
+    return values

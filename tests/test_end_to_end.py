@@ -9,7 +9,7 @@ import tomllib
 
 import pytest
 from inprocess import InProcessFederation
-from processes import Process, alive, children_of, events, fedkit, free_port, until
+from processes import ENVIRONMENT, Process, alive, children_of, events, fedkit, free_port, until
 
 from fedkit import Federation, FedkitError
 
@@ -305,6 +305,16 @@ def test_a_failed_run_raises_in_python(tmp_path):
     federation = Federation(dataset="mnist", data_root=str(tmp_path), run_dir=str(tmp_path / "out"))
     with pytest.raises(FedkitError, match="The server failed: MNIST"):
         federation.run()
+
+
+def test_a_folder_that_hides_ours_is_told(tmp_path, monkeypatch):
+    (tmp_path / "strategies").mkdir()
+    (tmp_path / "strategies" / "__init__.py").write_text("")
+    monkeypatch.setitem(ENVIRONMENT, "PYTHONPATH", str(tmp_path))
+    done = fedkit("run", "--dry-run", folder=tmp_path)
+    assert done.returncode == 1
+    assert f"finds the package 'strategies' in {tmp_path}" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def write_mnist(root, seed):

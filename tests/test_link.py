@@ -146,18 +146,23 @@ def client(address: str, identity: str = "a", max_wait: float = 5.0, **hello: An
     return LinkClient(address, head, max_wait=max_wait, on_welcome=lambda welcome: None)
 
 
-def start(one: LinkClient, work: Work = echo) -> Future[str]:
-    """Run a client on a thread of its own that never keeps the tests from ending."""
-    done: Future[str] = Future()
+def background(what: Callable[[], Any]) -> Future[Any]:
+    """Do it on a thread that never keeps the tests from ending."""
+    done: Future[Any] = Future()
 
     def run() -> None:
         try:
-            done.set_result(one.run(work))
+            done.set_result(what())
         except BaseException as error:
             done.set_exception(error)
 
     threading.Thread(target=run, daemon=True).start()
     return done
+
+
+def start(one: LinkClient, work: Work = echo) -> Future[str]:
+    """Run a client beside the test."""
+    return background(lambda: one.run(work))
 
 
 def run(one: LinkClient, work: Work = echo) -> str:
@@ -245,8 +250,7 @@ def test_sending_waits_for_room_and_then_goes_on(monkeypatch):
         start(client(served.address))
         (node,) = served.nodes(1)
         keys = [str(number) for number in range(40)]
-        for key in keys:
-            served.link.send(node, key, [bytes(50_000)])
+        background(lambda: [served.link.send(node, key, [bytes(50_000)]) for key in keys])
         assert len(served.take(*keys)) == len(keys)
     finally:
         served.link.close("over")
@@ -260,10 +264,7 @@ def test_room_taken_by_a_vanished_client_is_given_back(monkeypatch):
     try:
         (gone,) = served.nodes(1)
         raw.vanish()
-        sent = threading.Thread(
-            target=lambda: [served.link.send(gone, str(n), [b"x"]) for n in range(6)], daemon=True
-        )
-        sent.start()
+        background(lambda: [served.link.send(gone, str(n), [b"x"]) for n in range(6)])
         replies = served.take(*map(str, range(6)))
         assert len(replies) == 6 and all(isinstance(reply, Lost) for reply in replies.values())
         assert still_serves(served)
@@ -642,8 +643,7 @@ def test_close_does_not_wait_for_clients_that_are_gone(raw, served):
     other = Served()
     lost = Raw(other.address).joined()
     lost.vanish()
-    with ThreadPoolExecutor(1) as pool:
-        pool.submit(other.link.close, "bye").result(LONG)
+    background(lambda: other.link.close("bye")).result(LONG)
 
 
 def test_nobody_is_served_after_close():
@@ -838,14 +838,20 @@ def listener(answer: bytes) -> Iterator[str]:
 
 @pytest.mark.parametrize(
     "answer",
-    [b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n", b"SSH-2.0-OpenSSH_9.6\r\n", b""],
-    ids=["http", "ssh", "hangs up"],
+    [b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n", b"SSH-2.0-OpenSSH_9.6\r\n"],
+    ids=["http", "ssh"],
 )
 def test_a_program_that_is_no_grpc_server_is_told_apart(answer):
     with (
         listener(answer) as address,
         pytest.raises(FedkitError, match="does not speak gRPC") as caught,
     ):
+        run(client(address, max_wait=0.3))
+    assert address in str(caught.value)
+
+
+def test_a_program_that_hangs_up_at_once_is_a_sentence():
+    with listener(b"") as address, pytest.raises(FedkitError, match="--server") as caught:
         run(client(address, max_wait=0.3))
     assert address in str(caught.value)
 

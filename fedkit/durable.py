@@ -11,15 +11,18 @@ from typing import Any
 from fedkit.errors import FedkitError
 
 
-def write_whole(path: Path, buffers: Iterable[bytes]) -> None:
+def write_whole(path: Path, buffers: Iterable[bytes], *, mode: int = 0o666) -> None:
     """Replace ``path`` with these bytes so that a crash leaves the old file or the new one.
+
+    ``mode`` holds from the first byte on, less the umask.
 
     Raises:
         FedkitError: the disk is full, or the folder can't be written; the old file is untouched.
     """
     unfinished = path.with_name(f".{path.name}.unfinished")
     try:
-        with unfinished.open("wb") as file:
+        handle = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
+        with os.fdopen(handle, "wb") as file:
             for buffer in buffers:
                 file.write(buffer)
             file.flush()

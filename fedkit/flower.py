@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import cast
 
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, Context, Error, Message, RecordDict
@@ -143,7 +144,17 @@ def _fill(records: RecordDict, blobs: Sequence[bytes]) -> None:
         raise ValueError(f"{len(arrays)} arrays are described, {len(blobs)} came")
     for (record, name), blob in zip(arrays, blobs, strict=True):
         bare = record[name]
+        _check_description(name, bare)
         record[name] = Array(bare.dtype, tuple(bare.shape), bare.stype, blob)
+
+
+def _check_description(name: str, array: Array) -> None:
+    try:
+        np.dtype(array.dtype)
+    except TypeError as error:
+        raise ValueError(f"{name} is of the unknown type {array.dtype!r}") from error
+    if any(length < 0 for length in array.shape):
+        raise ValueError(f"{name} has the shape {tuple(array.shape)}")
 
 
 def _frame(head: bytes, blobs: list[bytes]) -> Buffers:

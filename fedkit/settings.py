@@ -8,6 +8,7 @@ A strategy's hyper-parameters are declared in the same way, beside the strategy.
 
 from __future__ import annotations
 
+import math
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
@@ -97,6 +98,7 @@ class FederationSettings:
         "a round goes on without the clients that have not answered by then",
         unit="seconds",
         above=0,
+        maximum=1e7,
     )
     threads: int = setting(
         1, "torch threads of each process; part of the numbers, so never guessed", minimum=1
@@ -254,7 +256,7 @@ def _convert(name: str, kind: type, value: Value) -> Value:
 
 def _check_range(name: str, item: Field[Any], number: float) -> None:
     minimum, above, maximum = (item.metadata[word] for word in ("minimum", "above", "maximum"))
-    if number != number:
+    if math.isnan(number):
         raise UsageError(f"{name} must be a number, not nan.")
     if minimum is not None and number < minimum:
         raise UsageError(f"{name} must be at least {minimum:g}, not {number:g}.")
@@ -262,3 +264,5 @@ def _check_range(name: str, item: Field[Any], number: float) -> None:
         raise UsageError(f"{name} must be above {above:g}, not {number:g}.")
     if maximum is not None and number > maximum:
         raise UsageError(f"{name} must be at most {maximum:g}, not {number:g}.")
+    if math.isinf(number):
+        raise UsageError(f"{name} must be a finite number, not {number}.")

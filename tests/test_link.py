@@ -653,7 +653,8 @@ def test_nobody_is_served_after_close():
         run(client(served.address, max_wait=0.1))
 
 
-def test_work_that_fails_for_good_sends_its_reply_and_ends_the_client(served):
+def test_work_that_fails_for_good_sends_its_reply_and_leaves(monkeypatch, served):
+    monkeypatch.setattr(link_server, "RECONNECT_GRACE_S", 1000.0)
     fatal = FedkitError("The client's own code failed.")
     done = start(client(served.address), lambda key, data: Answer([b"sorry"], fatal))
     (node,) = served.nodes(1)
@@ -663,7 +664,9 @@ def test_work_that_fails_for_good_sends_its_reply_and_ends_the_client(served):
     until(lambda: served.parted == [node], LONG)
 
 
-def test_a_welcome_that_the_client_cannot_take_ends_it(served):
+def test_a_client_that_cannot_take_its_welcome_leaves(monkeypatch, served):
+    monkeypatch.setattr(link_server, "RECONNECT_GRACE_S", 1000.0)
+
     def on_welcome(welcome: dict[str, Any]) -> None:
         raise FedkitError("Another federation.")
 

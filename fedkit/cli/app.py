@@ -98,6 +98,9 @@ def _other(error: Exception) -> int:
 
     if isinstance(error, click.exceptions.Abort):
         _fail("Stopped.", 130, None)
+    if isinstance(error, click.exceptions.NoArgsIsHelpError):
+        print(error.format_message())
+        return error.exit_code
     if isinstance(error, click.ClickException):
         text = error.format_message()
         _fail(text if text.endswith(".") else f"{text}.", error.exit_code, error)

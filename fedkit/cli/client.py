@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -93,6 +94,8 @@ def client(
         check("datasets", dataset)
     if partition is not None:
         check("partitions", partition)
+    if not math.isfinite(max_wait_time):
+        raise UsageError(f"--max-wait-time takes a number of seconds, not {max_wait_time}.")
     plan = ClientPlan(
         server=_address(server),
         shard=_shard(data_shard),

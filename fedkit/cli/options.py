@@ -50,10 +50,20 @@ def wants_json(format: str) -> bool:
 
 
 def layered(
-    config: str | None, overrides: list[str] | None, typed: dict[str, Value]
+    config: str | None,
+    overrides: list[str] | None,
+    typed: dict[str, Value],
+    *,
+    not_in_file: type | None = None,
 ) -> dict[str, Value]:
-    """Settings from all places where they may stand: options win over -o, that over the file."""
-    return merge(read_toml(config) if config else {}, read_overrides(overrides or []), typed)
+    """Settings from all places where they may stand: options win over -o, that over the file.
+
+    Those of ``not_in_file`` are passed over in the file: a server may be given a local run's.
+    """
+    passed_over = {key(item.name) for item in fields(not_in_file)} if not_in_file else set()
+    file = merge(read_toml(config)) if config else {}
+    kept = {name: value for name, value in file.items() if name not in passed_over}
+    return merge(kept, read_overrides(overrides or []), typed)
 
 
 def with_settings(*kinds: type, defaults: Mapping[str, str] | None = None) -> Callable[[F], F]:

@@ -31,6 +31,14 @@ Examples:
   fedkit run --strategy fedavg --model cnn --dry-run
   fedkit run --config runs/2026-11-21T17-45-03-ktpfl/config.toml
 """
+# What differs from `fedkit server`, as the help shows it.
+DEFAULTS = {
+    "rounds": f"{LOCAL_DEFAULTS['rounds']} rounds",
+    "alone": "yes",
+    "num-shards": "as many as clients",
+    "min-clients": "all of them",
+    "listen": "127.0.0.1 and a free port",
+}
 
 
 def register(app: typer.Typer) -> None:
@@ -43,13 +51,7 @@ def register(app: typer.Typer) -> None:
     RunSettings,
     ServerSettings,
     DataSettings,
-    defaults={
-        "rounds": f"{LOCAL_DEFAULTS['rounds']} rounds",
-        "alone": "yes",
-        "num-shards": "as many as clients",
-        "min-clients": "all of them",
-        "listen": "127.0.0.1 and a free port",
-    },
+    defaults=DEFAULTS,
 )
 def run(
     config: ConfigFile = None,

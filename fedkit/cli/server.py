@@ -18,6 +18,7 @@ from fedkit.cli.options import (
 from fedkit.settings import (
     DataSettings,
     FederationSettings,
+    RunSettings,
     ServerSettings,
 )
 
@@ -49,7 +50,7 @@ def server(
 
     as_json = wants_json(format)
     terminal.end_with_parent()
-    plan = make_plan(layered(config, option, settings))
+    plan = make_plan(layered(config, option, settings, not_in_file=RunSettings))
     progress = Progress(plan.federation, quiet=terminal.quiet)
     try:
         path, summary = serve(plan, [progress.take])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from fedkit.errors import UsageError
-from fedkit.registry import check, split
+from fedkit.registry import check, load, split
 from fedkit.settings import FederationSettings
 
 DEFAULT_PUBLIC = {"digits": 400}
@@ -41,3 +41,8 @@ def check_names(settings: FederationSettings) -> None:
     check("datasets", settings.dataset)
     check("partitions", settings.partition)
     check("datasets", public_parts(resolve_public(settings))[0])
+    for kind, spec in (("data set", settings.dataset), ("codec", settings.codec)):
+        if ":" in spec:
+            raise UsageError(f"The {kind} {split(spec)[0]} takes no argument: {spec} is too much.")
+    name, argument = split(settings.select)
+    load("selectors", name)(argument)

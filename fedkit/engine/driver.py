@@ -57,6 +57,8 @@ class Driver:
         self._emit = emit
         self._evaluate_fn = evaluate_fn
         self.roster = Roster(grid, check, emit)
+        name, argument = split(settings.select)
+        self._selector = load("selectors", name)(argument)
         self._result = Result()
 
     def run(self, arrays: ArrayRecord) -> Result:
@@ -154,10 +156,8 @@ class Driver:
         return Exchange("alone", configure, lambda server_round, replies: (None, None))
 
     def _select(self, server_round: int, members: list[Member]) -> list[Member]:
-        name, argument = split(self._settings.select)
-        select = load("selectors", name)
         generator = numpy_generator(self._settings.seed, "clients", round=server_round)
-        chosen: list[Member] = select(members, argument, generator)
+        chosen: list[Member] = self._selector(members, generator)
         return sorted(chosen, key=lambda member: member.client)
 
     def _wait_for_clients(self, patience: float | None) -> None:

@@ -26,6 +26,10 @@ if TYPE_CHECKING:
 VERSION = 1
 
 
+class InUse(FedkitError):
+    """Another living process has the state directory."""
+
+
 class StateDirectory:
     """One device's directory, locked for as long as the process lives."""
 
@@ -37,12 +41,15 @@ class StateDirectory:
         """
         make_folder(path)
         self.path = path
-        self._lock = (path / "lock").open("a")
+        try:
+            self._lock = (path / "lock").open("a")
+        except OSError as error:
+            raise FedkitError(f"{path} can't be written: {error.strerror}.") from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             self._lock.close()
-            raise FedkitError(
+            raise InUse(
                 f"Another client uses the state directory {path}: give each its own --state-dir."
             ) from error
 
@@ -50,9 +57,17 @@ class StateDirectory:
         """The device's lasting name and secret; drawn at the first call."""
         file = self.path / "identity.json"
         if not file.exists():
-            write_json(file, {"identity": secrets.token_hex(8), "secret": secrets.token_hex(16)})
-            file.chmod(0o600)
-        identity: dict[str, str] = json.loads(file.read_text())
+            fresh = {"identity": secrets.token_hex(8), "secret": secrets.token_hex(16)}
+            write_whole(file, [json.dumps(fresh).encode()], mode=0o600)
+        try:
+            found = json.loads(file.read_text())
+            identity = {name: found[name] for name in ("identity", "secret")}
+            if not all(isinstance(word, str) and word for word in identity.values()):
+                raise ValueError("it holds no identity")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise FedkitError(
+                f"{file} is damaged ({error}): restore it, or move the state directory aside."
+            ) from error
         return identity
 
     def close(self) -> None:
@@ -66,10 +81,8 @@ def first_free(parent: Path, stem: str) -> StateDirectory:
     while True:
         try:
             return StateDirectory(parent / f"{stem}-{number}")
-        except FedkitError:
+        except InUse:
             number += 1
-            if number > 10_000:
-                raise
 
 
 class FederationState:
@@ -106,10 +119,9 @@ class FederationState:
 
         for name, file in self._files.items():
             try:
-                records = decode_records(self._read(file))
-            except ValueError as error:
+                state[name] = decode_records(self._read(file))[name]
+            except (ValueError, KeyError, TypeError) as error:
                 raise FedkitError(f"{self.folder / file} is damaged: {error}.") from error
-            state[name] = records[name]
             self._kept[name] = _mark(state, name)
 
     def commit(self, key: str, reply: Sequence[bytes], state: RecordDict) -> None:
@@ -160,6 +172,9 @@ class FederationState:
             manifest: dict[str, Any] = json.loads(file.read_text())
             version, owner = manifest["version"], manifest["owner"]
             self._files, self._commits = dict(manifest["records"]), int(manifest["commit"])
+            sums = {**self._files, **manifest["sha256"]}
+            if not all(isinstance(word, str) for pair in sums.items() for word in pair):
+                raise ValueError("it names no files")
             self.last_key = str(manifest["key"])
             reply_file = str(manifest["reply"])
         except (ValueError, KeyError, TypeError) as error:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import queue
 import random
+import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -57,7 +58,8 @@ class LinkClient:
             on_welcome: takes the server's welcome, at each connection.
         """
         self._address = address
-        self._hello = {**hello, "protocol": PROTOCOL}
+        # The session tells this process, coming back, from another one with the same identity.
+        self._hello = {**hello, "protocol": PROTOCOL, "session": secrets.token_hex(8)}
         self._max_wait = max_wait
         self._on_welcome = on_welcome
         self._inbox: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()

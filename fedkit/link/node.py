@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import grpc
 
@@ -43,6 +44,8 @@ class Node:
     pending: dict[str, Instruction] = field(default_factory=dict)
     unsent: list[str] = field(default_factory=list)
     wake: asyncio.Event = field(default_factory=asyncio.Event)
+    session: str = ""
+    task: asyncio.Task[Any] | None = None
     connected: bool = False
     left: bool = False
     lost_at: float | None = None

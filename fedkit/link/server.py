@@ -168,14 +168,14 @@ class LinkServer:
         try:
             node, welcome = await self._receive_hello(context)
         except Refusal as refusal:
-            await context.abort(refusal.status, str(refusal))
+            await context.abort(refusal.status, _details(refusal))
         try:
             await context.write(frame(Kind.WELCOME, welcome))
             await self._converse(node, context)
         finally:
             self._disconnect(node)
         if node.refusal is not None:
-            await context.abort(node.refusal.status, str(node.refusal))
+            await context.abort(node.refusal.status, _details(node.refusal))
 
     async def _receive_hello(self, context: Any) -> tuple[Node, dict[str, Any]]:
         bad = grpc.StatusCode.INVALID_ARGUMENT
@@ -200,15 +200,19 @@ class LinkServer:
 
     def _connect(self, hello: dict[str, Any]) -> tuple[Node, dict[str, Any]]:
         identity, name = hello["identity"], str(hello.get("name", "a client"))
-        secret = str(hello.get("secret", ""))
+        secret, session = str(hello.get("secret", "")), str(hello.get("session", ""))
         with self._lock:
             node = self._by_identity.get(identity)
-            if node is not None and not hmac.compare_digest(node.secret, secret):
+            if node is not None and not hmac.compare_digest(*map(_bytes, (node.secret, secret))):
                 raise Refusal(
                     grpc.StatusCode.PERMISSION_DENIED,
                     "Another device is in this federation under this identity.",
                 )
-            if node is not None and node.connected:
+            if node is not None and node.connected and session == node.session != "":
+                # The same process: its old connection broke, and this side has not noticed yet.
+                assert node.task is not None
+                node.task.cancel()
+            elif node is not None and node.connected:
                 raise Refusal(
                     grpc.StatusCode.ALREADY_EXISTS,
                     f"{node.name} is connected already: two processes use one state directory.",
@@ -220,6 +224,7 @@ class LinkServer:
                 self._nodes[node_id] = node
                 self._by_identity[identity] = node
             node.connected, node.left, node.lost_at = True, False, None
+            node.session, node.task = session, asyncio.current_task()
             # Sent away before: it may have been mended since, and is judged anew.
             node.refusal = None
             node.wake = asyncio.Event()
@@ -229,6 +234,8 @@ class LinkServer:
 
     def _disconnect(self, node: Node) -> None:
         with self._lock:
+            if node.task is not asyncio.current_task():
+                return  # another connection has taken over
             node.connected = False
             if node.left or node.goodbye is not None or node.refusal is not None:
                 self._drop(node, "it left" if node.left else "it was sent away")
@@ -335,3 +342,12 @@ class LinkServer:
             if node.goodbye is not None:
                 await context.write(frame(Kind.BYE, {"reason": node.goodbye}))
                 return
+
+
+def _details(refusal: Refusal) -> str:
+    # It may quote what a stranger sent, and travels in an HTTP/2 header.
+    return _bytes(str(refusal)[:1000]).decode("utf-8", errors="replace")
+
+
+def _bytes(text: str) -> bytes:
+    return text.encode("utf-8", errors="surrogatepass")

@@ -13,7 +13,6 @@ from flwr.clientapp.typing import ClientAppCallable
 
 from clients import memory
 from clients.edge import ALONE, OWN, Edge, edge_of
-from fedkit import __version__
 from fedkit.data.samples import Samples
 from fedkit.models.build import build_model, parameter_count
 from fedkit.models.measure import measure
@@ -43,13 +42,11 @@ def client_app(local_work: LocalWork) -> ClientApp:
                 "public-digest": edge.data.public_digest,
                 "partition-digest": edge.data.partition_digest,
                 "classes": list(edge.data.dataset.classes),
-                "version": __version__,
             }
         )
         sizes = MetricRecord(
             {
                 "num-examples": len(edge.private.train),
-                "shard-examples": len(edge.data.shards[edge.client]),
                 "parameters": parameter_count(edge.own),
             }
         )

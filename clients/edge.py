@@ -101,6 +101,8 @@ def _build(context: Context) -> Edge:
     settings = build(FederationSettings, context.run_config)
     node = context.node_config
     torch.set_num_threads(settings.threads)
+    # The same seed shall give the same numbers on a GPU, too.
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
     client = int(node["partition-id"])
     device = pick_device(str(node.get("device", "auto")))
     sources = DataSettings(

@@ -151,7 +151,7 @@ def _fill(records: RecordDict, blobs: Sequence[bytes]) -> None:
 def _check_description(name: str, array: Array) -> None:
     try:
         np.dtype(array.dtype)
-    except TypeError as error:
+    except Exception as error:  # NumPy parses the text, and fails in many ways
         raise ValueError(f"{name} is of the unknown type {array.dtype!r}") from error
     if any(length < 0 for length in array.shape):
         raise ValueError(f"{name} has the shape {tuple(array.shape)}")

@@ -1,7 +1,6 @@
 """One door for everything that is found by name: Python entry points, ours and anybody's.
 
-A name that arrives over the network is looked up here and nowhere else; ``module:attribute`` paths
-are taken only from one's own command line.
+A name that arrives over the network is looked up here and nowhere else.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.status import Status
 from rich.table import Table
 
@@ -31,12 +32,14 @@ class Progress:
         """Show one event."""
         self._history.take(event)
         if event.event == "warning":
-            self._print(f"[yellow]Warning:[/yellow] {event.name}", always=True)
+            self._print(f"[yellow]Warning:[/yellow] {escape(str(event.name))}", always=True)
         elif event.event == "listen":
             many = "s" if self._wanted > 1 else ""
             self._now(f"waiting for {self._wanted} client{many} at {event.name}")
         elif event.event == "join":
-            self._print(f"client {event.client} joined: {event.name}, {event.value} samples")
+            self._print(
+                f"client {event.client} joined: {escape(str(event.name))}, {event.value} samples"
+            )
         elif event.event == "round_start":
             self._now(f"round {event.round}/{self._rounds}: {event.n} clients at work")
         elif event.event == "exchange":

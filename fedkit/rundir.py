@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -60,7 +61,11 @@ class RunDirectory:
 
     def record(self, event: Event) -> None:
         """Append one event to ``metrics.jsonl``."""
-        line = json.dumps({"time": round(time.time(), 3), **asdict(event)})
+        fields = {"time": round(time.time(), 3), **asdict(event)}
+        # JSON has no word for what a diverging model gives.
+        if isinstance(event.value, float) and not math.isfinite(event.value):
+            fields["value"] = None
+        line = json.dumps(fields, allow_nan=False)
         try:
             self._metrics.write(line + "\n")
             self._metrics.flush()
@@ -69,8 +74,8 @@ class RunDirectory:
             raise FedkitError(f"{where} can't be written: {error.strerror}.") from error
 
     def write_config(self, values: Mapping[str, Value]) -> None:
-        """Write every setting that is not empty."""
-        given = {name: value for name, value in values.items() if value != ""}
+        """Write every setting that is given, but for the folder: the next run has another."""
+        given = {name: v for name, v in values.items() if v != "" and name != "run-dir"}
         write_whole(self.path / "config.toml", [tomli_w.dumps(given).encode()])
 
     def write(self, name: str, value: Any) -> None:

@@ -105,7 +105,12 @@ class FedMDHyperparameters:
     )
 
 
-_PAPER: Mapping[str, Value] = {"digest-epochs": 1, "digest-batch": 256, "revisit-batch": 5}
+_PAPER: Mapping[str, Value] = {
+    "digest-epochs": 1,
+    "digest-batch": 256,
+    "revisit-batch": 5,
+    "public-labels": True,
+}
 
 
 def consensus(uploads: Iterable[tuple[float, Logits]]) -> Logits:
@@ -128,7 +133,7 @@ class FedMD(PublicRound):
     PRESETS: ClassVar[Mapping[str, Mapping[str, Value]]] = {
         "default": {},
         "paper": _PAPER,
-        "code": {**_PAPER, "stratified": True, "public-labels": True},
+        "code": {**_PAPER, "stratified": True},
     }
 
     def __init__(self, *args: Any) -> None:

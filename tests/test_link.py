@@ -231,7 +231,6 @@ def test_the_welcome_says_what_greet_returned_and_the_node_id(served):
     until(lambda: welcomes, LONG)
     assert welcomes == [{"federation": "f", "for": "Zoë", "node_id": node}]
     assert served.greeted[0]["config"] == {"shard": 3}
-    assert served.link.name(node) == "Zoë"
 
 
 def test_the_link_counts_what_it_carries_by_account(served):
@@ -338,9 +337,11 @@ def test_who_never_greets_is_sent_away(monkeypatch, served, raw):
         [frame(Kind.HELLO, {"identity": "raw"})],
         [frame(Kind.BYE)],
         [frame(Kind.MESSAGE, {"key": "k", "size": 1 << 60, "crc": 0})],
+        [frame(Kind.MESSAGE, {"key": ["k"], "size": 1, "crc": 0})],
+        [frame(Kind.MESSAGE, {"key": {}, "size": 0, "crc": 0})],
         [next(message_frames("k", [b"abc"])), frame(Kind.CHUNK, body=b"abd")],
     ],
-    ids=["noise", "chunk", "hello again", "bye", "huge", "checksum"],
+    ids=["noise", "chunk", "hello again", "bye", "huge", "list", "object", "checksum"],
 )
 def test_nonsense_within_a_session_ends_that_session_alone(served, raw, nonsense):
     other = raw().joined("other")
@@ -623,20 +624,41 @@ def test_close_says_goodbye_and_run_returns_it():
     assert [one.result(LONG) for one in done] == ["The run is over: all rounds are done."] * 3
 
 
-def test_close_sends_what_is_queued_before_the_goodbye():
+def test_the_goodbye_comes_through_when_instructions_are_queued():
     served = Served()
-    seen: list[str] = []
+    done = start(client(served.address))
+    (node,) = served.nodes(1)
+    for key in "abc":
+        served.link.send(node, key, [bytes(3 << 20)])
+    served.link.close("bye")
+    assert done.result(LONG) == "bye"
+
+
+def test_a_goodbye_of_a_server_that_failed_is_an_error_at_the_client():
+    served = Served()
+    done = start(client(served.address))
+    served.nodes(1)
+    served.link.close("The server ended: the disk is full.", ok=False)
+    with pytest.raises(FedkitError, match="The server ended: the disk is full"):
+        done.result(LONG)
+
+
+def test_a_goodbye_reaches_a_client_that_is_still_at_work():
+    served = Served()
+    began, go_on = threading.Event(), threading.Event()
 
     def work(key: str, data: bytearray) -> Answer:
-        seen.append(key)
-        return Answer([])
+        began.set()
+        assert go_on.wait(LONG)
+        return Answer([b"too late"])
 
     done = start(client(served.address), work)
     (node,) = served.nodes(1)
-    served.link.send(node, "k", [bytes(3 << 20)])
+    served.link.send(node, "k", [b"x"])
+    assert began.wait(LONG)
     served.link.close("bye")
+    go_on.set()
     assert done.result(LONG) == "bye"
-    assert seen == ["k"]
 
 
 def test_close_does_not_wait_for_clients_that_are_gone(raw, served):
@@ -775,6 +797,50 @@ def test_a_link_that_breaks_while_the_client_works_costs_nothing(served):
         go_on.set()
         assert served.take("k") == {"k": b"X"}
         assert served.parted == []
+
+
+def test_a_broken_link_is_mended_while_the_client_works(monkeypatch, served):
+    """However long the work takes: the server must not take the client for dead meanwhile."""
+    monkeypatch.setattr(link_server, "RECONNECT_GRACE_S", 2.0)
+    began, go_on = threading.Event(), threading.Event()
+    done: list[str] = []
+
+    def work(key: str, data: bytearray) -> Answer:
+        began.set()
+        assert go_on.wait(LONG)
+        done.append(key)
+        return Answer([data.upper()])
+
+    with proxied(served) as proxy:
+        start(client(proxy.address), work)
+        (node,) = served.nodes(1)
+        served.link.send(node, "k", [b"x"])
+        assert began.wait(LONG)
+        for _ in range(2):
+            proxy.cut()
+            until(lambda: not served.link._nodes[node].connected, LONG)
+            until(lambda: served.link._nodes[node].connected, LONG)
+        go_on.set()
+        assert served.take("k") == {"k": b"X"}
+        assert done == ["k"]
+        assert served.parted == []
+
+
+def test_an_instruction_that_comes_again_is_answered_without_doing_it_again(served):
+    done: list[str] = []
+
+    def work(key: str, data: bytearray) -> Answer:
+        done.append(key)
+        proxy.cut()  # before the answer can be sent
+        until(lambda: not served.link._nodes[node].connected, LONG)
+        return Answer([data.upper()])
+
+    with proxied(served) as proxy:
+        start(client(proxy.address), work)
+        (node,) = served.nodes(1)
+        served.link.send(node, "k", [b"x"])
+        assert served.take("k") == {"k": b"X"}
+        assert done == ["k"]
 
 
 def test_a_message_that_breaks_off_half_way_comes_whole_after_all(served):

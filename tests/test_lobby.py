@@ -7,6 +7,7 @@ from typing import Any
 import grpc
 import pytest
 
+from fedkit import __version__
 from fedkit.engine.lobby import Lobby
 from fedkit.link.server import Refusal
 from fedkit.settings import FederationSettings, as_config
@@ -181,6 +182,24 @@ def test_a_client_that_expects_what_there_is_is_let_in():
     expected = {"dataset": "digits", "partition": "iid", "num-shards": 3}
     assert shard(lobby(), 2, 0, **expected) == 0
     assert shard(lobby(), 2, 0, **dict.fromkeys(expected)) == 0
+
+
+def test_a_client_of_another_version_is_refused_with_both_versions():
+    with pytest.raises(Refusal) as caught:
+        lobby().greet({"version": "0.0.1", "config": {}}, 2)
+    assert caught.value.status is grpc.StatusCode.FAILED_PRECONDITION
+    assert "0.0.1" in str(caught.value) and __version__ in str(caught.value)
+    assert lobby().greet({"version": __version__, "config": {}}, 2)
+    assert lobby().greet({"config": {}}, 2)
+
+
+@pytest.mark.parametrize("claimed", [0, 2, -1, "1", None, 1.5])
+def test_only_the_shard_that_was_given_can_be_claimed(claimed):
+    where = lobby()
+    shard(where, 2, 1)
+    assert where.why_not(2, 1) is None
+    assert "shard" in str(where.why_not(2, claimed))
+    assert "shard" in str(where.why_not(3, 1))
 
 
 def test_only_a_federation_of_one_model_minds_the_model():

@@ -124,19 +124,21 @@ def cut(settings: FederationSettings, sources: DataSettings) -> FederatedData:
         dataset=dataset,
         public=public,
         shards=[private[part] for part in dealt],
-        public_digest=public_digest(name, chosen, public),
+        public_digest=public_digest(name, chosen, public, labels=settings.public_labels),
     )
 
 
-def public_digest(name: str, indices: Indices, public: Samples) -> str:
+def public_digest(name: str, indices: Indices, public: Samples, *, labels: bool = False) -> str:
     """SHA-256 (hex) of a public set: name, indices, transform and content, in that order.
 
-    Labels are no part of it: the public set is used unlabelled.
+    The labels are a part of it only where the federation uses them.
     """
     sha = hashlib.sha256(f"{name}/{len(indices)}/".encode())
     sha.update(indices.astype(">i8").tobytes())
     sha.update(f"{public.mean.tolist()}/{public.std.tolist()}".encode())
     sha.update(public.images.contiguous().numpy().tobytes())
+    if labels:
+        sha.update(public.labels.numpy().tobytes())
     return sha.hexdigest()
 
 

@@ -62,7 +62,6 @@ class Client:
         self._state: FederationState | None = None
         self._context: Context | None = None
         self._app: ClientApp | None = None
-        self._last: tuple[str, Answer] | None = None
 
     def run(self) -> str:
         """Take part until the run is over; returns what the server said at the end.
@@ -107,8 +106,6 @@ class Client:
         self._welcome = welcome
 
     def _work(self, key: str, data: bytearray) -> Answer:
-        if self._last is not None and self._last[0] == key:
-            return self._last[1]
         from fedkit.flower import decode_message, encode_message, error_reply
 
         message = None
@@ -121,13 +118,11 @@ class Client:
             _log.info("Instruction %s", key)
             reply = encode_message(self._app(message, self._context))
             self._state.commit(key, reply, self._context.state)
-            answer = Answer(reply)
-        except Exception as error:
+            return Answer(reply)
+        except Exception as error:  # whatever the app raised, the server hears of it first
             fatal = _explain(error)
             message = message or decode_message(data)
-            answer = Answer(encode_message(error_reply(message, str(fatal))), fatal)
-        self._last = key, answer
-        return answer
+            return Answer(encode_message(error_reply(message, str(fatal))), fatal)
 
     def _prepare(self) -> None:
         if self._context is not None:

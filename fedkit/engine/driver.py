@@ -38,7 +38,7 @@ class Driver:
         settings: FederationSettings,
         emit: Listener,
         *,
-        check: Check = lambda facts: None,
+        check: Check = lambda node_id, facts: None,
         evaluate_fn: EvaluateFn | None = None,
     ) -> None:
         """A driver.
@@ -79,21 +79,27 @@ class Driver:
         everybody = self.roster.connected()
         chosen = self._select(server_round, everybody)
         started = time.monotonic()
-        deadline = started + settings.round_timeout
-        grid = RoundGrid(self._grid, chosen, deadline)
+        grid = RoundGrid(self._grid, chosen, started + settings.round_timeout)
         config = ConfigRecord({"server-round": server_round})
         self._emit(Event("round_start", server_round, n=len(chosen)))
-        for exchange in exchanges_of(self._strategy):
+        exchanges = exchanges_of(self._strategy)
+        for at, exchange in enumerate(exchanges):
+            # A client that does not answer must not use up the time of what comes after.
+            grid.share = 1 / (len(exchanges) - at)
             new_arrays = self._exchange(server_round, exchange, arrays, config, grid)
             arrays = arrays if new_arrays is None else new_arrays
-        # The reference and the measuring are no part of what the round costs.
+        # The reference and the measuring are no part of what the round costs, nor of its deadline.
         seconds = time.monotonic() - started
         server_seconds = seconds - grid.waited
         if settings.alone and isinstance(self._strategy, FederatedStrategy):
-            self._exchange(server_round, self._alone(self._strategy), arrays, config, grid)
+            apart = RoundGrid(self._grid, grid.members, time.monotonic() + settings.round_timeout)
+            self._exchange(server_round, self._alone(self._strategy), arrays, config, apart)
         last = server_round == settings.rounds
         if last or server_round % settings.eval_every == 0:
-            self._measure(server_round, arrays, RoundGrid(self._grid, everybody, deadline), last)
+            silent = {member.client for member in chosen} - {m.client for m in grid.members}
+            measured = [m for m in everybody if last or m.client not in silent]
+            apart = RoundGrid(self._grid, measured, time.monotonic() + settings.round_timeout)
+            self._measure(server_round, arrays, apart, last)
         self._emit(Event("round", server_round, None, None, "seconds_server", server_seconds))
         self._emit(Event("round", server_round, None, None, "seconds", seconds, len(chosen)))
         return arrays
@@ -114,6 +120,7 @@ class Driver:
         new_arrays, metrics = exchange.aggregate(server_round, replies)
         for _ in replies:  # what the strategy did not read still belongs to the record
             continue
+        grid.members = [m for m in grid.members if m.node_id not in self._silent]
         if metrics is not None and exchange.name != "evaluate":
             self._result.train_metrics_clientapp[server_round] = metrics
         if self._asked:
@@ -163,6 +170,7 @@ class Driver:
     def _wait_for_clients(self, patience: float | None) -> None:
         wanted = self._settings.min_clients
         started = time.monotonic()
+        self.roster.ask_again()
         self.roster.admit()
         while len(self.roster.connected()) < wanted:
             if patience is not None and time.monotonic() - started > patience:
@@ -179,6 +187,7 @@ class Driver:
     ) -> Iterator[Message]:
         self._asked = 0
         self._answered = 0
+        self._silent: set[int] = set()
         for message in messages:
             self._asked += 1
             client = self._client(message.metadata.dst_node_id)
@@ -192,6 +201,7 @@ class Driver:
         for reply in replies:
             client = self._client(reply.metadata.src_node_id)
             if reply.has_error():
+                self._silent.add(reply.metadata.src_node_id)
                 text = f"client {client} did not answer: {reply.error.reason}"
                 self._emit(Event("warning", server_round, exchange, client, text))
                 yield reply
@@ -203,7 +213,8 @@ class Driver:
                 self._emit_metrics(server_round, exchange, client, record)
             timing = reply.content.config_records.get("timing", ConfigRecord())
             for name, value in timing.items():
-                self._emit(Event("timing", server_round, exchange, client, name, value))
+                if isinstance(value, float):
+                    self._emit(Event("timing", server_round, exchange, client, name, value))
             yield reply
 
     def _emit_metrics(
@@ -211,7 +222,7 @@ class Driver:
     ) -> None:
         examples = record.get("num-examples")
         for name, value in record.items():
-            if name == "num-examples" or name.endswith("/n"):
+            if name == "num-examples" or name.endswith("/n") or not isinstance(value, int | float):
                 continue
             n = record.get(f"{name.rpartition('/')[0]}/n", examples)
             count = int(n) if isinstance(n, int | float) else None

@@ -9,6 +9,7 @@ from typing import Any
 import safetensors.numpy
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
+from threadpoolctl import threadpool_limits
 
 from fedkit.data.splits import cut
 from fedkit.durable import make_folder, write_whole
@@ -25,6 +26,8 @@ class ServerView:
         """Load and cut; raises as ``fedkit.data.splits.cut`` does."""
         self._settings = plan.federation
         torch.set_num_threads(plan.federation.threads)
+        # NumPy's sums hang on the number of threads as well.
+        self._limits = threadpool_limits(plan.federation.threads)
         self.data = cut(plan.federation, plan.data)
 
     def facts(self) -> Facts:
@@ -51,7 +54,7 @@ class ServerView:
                 "It deals the data into other shards than the server (another data set under the "
                 "same name, or another version of NumPy)."
             )
-        if list(facts["classes"]) != list(self.data.dataset.classes):  # type: ignore[arg-type]
+        if facts["classes"] != list(self.data.dataset.classes):
             return f"Its classes are {facts['classes']!r}, not {list(self.data.dataset.classes)}."
         return None
 

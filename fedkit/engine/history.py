@@ -100,7 +100,10 @@ class History:
     ) -> dict[str, Any]:
         """The whole of ``summary.json``; what does not apply is null."""
         rows = self.rounds()
-        last = rows[-1]["round"] if rows else 0
+        rounds = rows[-1]["round"] if rows else 0
+        # A run that was stopped may have gone on for some rounds after it was last measured.
+        measured = [row["round"] for row in rows if row["mean_personal_accuracy"] is not None]
+        last = measured[-1] if measured else 0
         spread = list(self._of_clients(last, GLOBAL).values())
         return {
             "schema": SCHEMA,
@@ -113,7 +116,7 @@ class History:
             "public": settings.public,
             "partition": settings.partition,
             "engine": engine,
-            "rounds": last,
+            "rounds": rounds,
             "seed": settings.seed,
             "digest": self.digest(),
             "seconds": seconds,

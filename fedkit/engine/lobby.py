@@ -7,6 +7,7 @@ from typing import Any
 
 import grpc
 
+from fedkit import __version__
 from fedkit.link.node import Refusal
 from fedkit.settings import FederationSettings, as_config
 
@@ -34,6 +35,7 @@ class Lobby:
         """
         config = hello.get("config")
         config = config if isinstance(config, dict) else {}
+        _compare_versions(hello.get("version"))
         self._compare(config)
         with self._lock:
             shard = self._assign(config.get("shard"), node_id)
@@ -45,6 +47,13 @@ class Lobby:
             "node_config": {"partition-id": shard, "num-partitions": settings.num_shards},
             "run_config": as_config(settings),
         }
+
+    def why_not(self, node_id: int, client: object) -> str | None:
+        """Why this node can't be client number ``client``, or None."""
+        with self._lock:
+            if isinstance(client, int) and self._holder.get(client) == node_id:
+                return None
+        return f"It says that it holds shard {client!r}, which is not the one that it was given."
 
     def part(self, node_id: int) -> None:
         """A client is gone; its shard may go to another if nobody else has a free one."""
@@ -97,3 +106,13 @@ class Lobby:
                 f"Shard {wanted} is taken: choose another, or --data-shard auto for a free one.",
             )
         return wanted
+
+
+def _compare_versions(theirs: Any) -> None:
+    # Another version may train, draw or sum otherwise, and nobody would notice.
+    if theirs is not None and theirs != __version__:
+        raise Refusal(
+            grpc.StatusCode.FAILED_PRECONDITION,
+            f"This server runs fedkit {__version__}, the client {theirs}: install the same version "
+            "on both.",
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -16,7 +17,7 @@ from typing import Any
 
 import tomli_w
 
-from fedkit.durable import make_folder
+from fedkit.durable import make_folder, write_whole
 from fedkit.engine.events import Event
 from fedkit.engine.plan import Plan, client_models, make_plan
 from fedkit.errors import FedkitError, UsageError, error_of
@@ -104,13 +105,12 @@ def run_local(plan: Plan, listeners: list[Listener]) -> Result:
     with _children() as children:
         children.append(_start_server(plan, directory))
         address = _wait_for_address(directory, children)
+        # The server's own config.toml knows nothing of the clients; this one runs it all again.
+        write_whole(directory / "config.toml", [tomli_w.dumps(_runnable(plan)).encode()])
         for number, model in enumerate(models):
             children.append(_start_client(plan, directory, address, number, model))
         _follow(directory, children, listeners)
-    # config.toml is the server's; these make it runnable as a whole again.
-    summary = json.loads((directory / "summary.json").read_text())
-    (directory / "config.toml").write_text(tomli_w.dumps(_runnable(plan)))
-    return Result(directory, summary)
+    return Result(directory, json.loads((directory / "summary.json").read_text()))
 
 
 def _runnable(plan: Plan) -> dict[str, Any]:
@@ -141,7 +141,7 @@ def _children() -> Iterator[list[_Child]]:
 
 
 def _start_server(plan: Plan, directory: Path) -> _Child:
-    config = directory / "server.toml"
+    config = directory / "logs" / "server.toml"
     values = {k: v for k, v in plan.values().items() if v != ""}
     local = as_config(plan.local)
     for name in [*local, "run-dir"]:
@@ -181,7 +181,7 @@ def _start(name: str, log: Path, arguments: list[str], settings: FederationSetti
     with log.open("wb") as output:
         process = subprocess.Popen(
             # -P: a folder of the user's own called `strategies` or `clients` must not come first.
-            [sys.executable, "-P", "-m", "fedkit", *arguments],
+            [sys.executable, "-P", "-m", "fedkit", *_debugging(), *arguments],
             stdin=subprocess.PIPE,
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -190,6 +190,10 @@ def _start(name: str, log: Path, arguments: list[str], settings: FederationSetti
             start_new_session=True,
         )
     return _Child(name, log, process)
+
+
+def _debugging() -> list[str]:
+    return ["--debug"] if logging.getLogger("fedkit").level == logging.DEBUG else []
 
 
 def _wait_for_address(directory: Path, children: list[_Child]) -> str:
@@ -238,9 +242,14 @@ def _raise_if_failed(children: list[_Child]) -> None:
     failed = [child for child in children if child.process.poll() not in (None, 0)]
     if not failed:
         return
-    # A client whose server fails fails too, and the other way round: who came first is told apart
-    # by the logs, written in order.
     first = min(failed, key=lambda child: child.log.stat().st_mtime_ns)
+    if _first_error(first, 1).startswith("The server ended"):
+        # Clients fail with their server, sometimes before it is gone itself.
+        first = children[0]
+        try:
+            first.process.wait(KILL_WAIT_S)
+        except subprocess.TimeoutExpired:
+            first = failed[0]
     status = first.process.returncode
     raise error_of(
         2 if status == 2 else 1,

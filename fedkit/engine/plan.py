@@ -88,6 +88,11 @@ def make_plan(values: Mapping[str, Value], *, local: bool = False) -> Plan:
     federation = build(FederationSettings, {**implied, **values})
     check_names(federation)
     federation = resolve_public(federation)
+    if federation.min_clients > federation.num_shards:
+        raise UsageError(
+            f"min-clients is {federation.min_clients}, but there are only {federation.num_shards} "
+            "shards (num-shards), one for each client."
+        )
     if run is not None:
         _check_local(federation, run)
     server = build(ServerSettings, values)

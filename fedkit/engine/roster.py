@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, cast, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
@@ -26,7 +26,6 @@ class Member:
         name: how people call it.
         model: its architecture.
         examples: how many samples it trains on.
-        shard_examples: how many samples its shard has in all.
         parameters: scalars in its model.
         device: where it computes.
     """
@@ -36,7 +35,6 @@ class Member:
     name: str
     model: str
     examples: int
-    shard_examples: int
     parameters: int
     device: str
 
@@ -50,20 +48,27 @@ class CanDismiss(Protocol):
         ...
 
 
-Check = Callable[[ConfigRecord], str | None]
+Check = Callable[[int, ConfigRecord], str | None]
 
 
 class Roster:
     """Members by node id, kept as clients come."""
 
     def __init__(self, grid: Grid, check: Check, emit: Listener) -> None:
-        """A roster over ``grid``; ``check`` returns the sentence that refuses a join, or None."""
+        """A roster over ``grid``.
+
+        ``check(node_id, facts)`` returns the sentence that refuses a join, or None.
+        """
         self._grid = grid
         self._check = check
         self._emit = emit
         self._asked: dict[str, int] = {}
         self._turned_away: set[int] = set()
         self.members: dict[int, Member] = {}
+
+    def ask_again(self) -> None:
+        """Forget who was turned away: a client that came back meanwhile may have been mended."""
+        self._turned_away.clear()
 
     def admit(self) -> None:
         """Ask new nodes to join, and take in those that have answered since the last call."""
@@ -93,39 +98,61 @@ class Roster:
             text = f"a client could not join: {reply.error.reason}"
             self._emit(Event("warning", name=text))
             return
-        facts = reply.content.config_records["join"]
-        sizes = reply.content.metric_records["metrics"]
-        sentence = self._check(facts)
-        if sentence is None and self._index_taken(node_id, cast(int, facts["client"])):
-            sentence = f"Client {facts['client']!r} is in this federation already."
+        try:
+            member = read_member(node_id, reply.content)
+            sentence = self._check(node_id, reply.content.config_records["join"])
+            if sentence is None and self._index_taken(member):
+                sentence = f"Client {member.client} is in this federation already."
+        except (KeyError, TypeError, ValueError) as error:
+            sentence = f"What it says of itself can't be read: {error}."
         if sentence is not None:
             self._turned_away.add(node_id)
             self._emit(Event("warning", name=f"a client was refused: {sentence}"))
             if isinstance(self._grid, CanDismiss):
                 self._grid.dismiss(node_id, sentence)
             return
-        client, model = cast(int, facts["client"]), str(facts["model"])
-        member = Member(
-            node_id=node_id,
-            client=client,
-            name=f"client {client} ({model})",
-            model=model,
-            examples=cast(int, sizes["num-examples"]),
-            shard_examples=cast(int, sizes["shard-examples"]),
-            parameters=cast(int, sizes["parameters"]),
-            device=str(facts["device"]),
-        )
         # A device that lost its state comes back as another node with the same index.
-        gone = [n for n, other in self.members.items() if other.client == client]
+        gone = [n for n, other in self.members.items() if other.client == member.client]
         for old in gone:
             del self.members[old]
         self.members[node_id] = member
-        text = f"{member.model} on {member.device}"
-        self._emit(Event("join", client=client, name=text, value=member.examples))
+        text = f"{member.model} ({member.parameters:,} parameters) on {member.device}"
+        self._emit(Event("join", client=member.client, name=text, value=member.examples))
 
-    def _index_taken(self, node_id: int, client: int) -> bool:
+    def _index_taken(self, new: Member) -> bool:
         present = set(self._grid.get_node_ids())
         return any(
-            other.client == client and other.node_id != node_id and other.node_id in present
+            other.client == new.client and other.node_id != new.node_id and other.node_id in present
             for other in self.members.values()
         )
+
+
+def read_member(node_id: int, content: RecordDict) -> Member:
+    """The member that a client says it is.
+
+    Raises:
+        KeyError, TypeError, ValueError: it does not say so in the way that fedkit's clients do.
+    """
+    facts, sizes = content.config_records["join"], content.metric_records["metrics"]
+    numbers = facts["client"], sizes["num-examples"], sizes["parameters"]
+    client, examples, parameters = (
+        number if isinstance(number, int) and number >= 0 else None for number in numbers
+    )
+    if client is None or examples is None or parameters is None:
+        raise ValueError(f"client, samples and parameters are {numbers}")
+    model, device = _word(facts["model"]), _word(facts["device"])
+    return Member(
+        node_id=node_id,
+        client=client,
+        name=f"client {client} ({model})",
+        model=model,
+        examples=examples,
+        parameters=parameters,
+        device=device,
+    )
+
+
+def _word(value: object) -> str:
+    if not isinstance(value, str) or not value.isprintable() or len(value) > 100:
+        raise ValueError("a name is no plain word")
+    return value

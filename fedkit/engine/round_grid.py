@@ -20,25 +20,26 @@ class RoundGrid(Grid):
         self._grid = grid
         self.members = members
         self.deadline = deadline
+        # How much of the time that is left one sending may take.
+        self.share = 1.0
         self.waited = 0.0
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterable[Message]:
         """Replies in client order; ``timeout`` can only shorten what is left of the round."""
-        left = max(0.0, self.deadline - time.monotonic())
+        left = max(0.0, self.deadline - time.monotonic()) * self.share
         wait = left if timeout is None else min(left, timeout)
         started = time.monotonic()
         replies = self._grid.send_and_receive(messages, timeout=wait)
         order = {member.node_id: at for at, member in enumerate(self.members)}
         unknown = len(order)
         # An engine may answer lazily; fedkit's own grid does, in the order of sending.
-        iterator = iter(replies)
-        if isinstance(replies, list):
-            replies.sort(key=lambda reply: order.get(reply.metadata.src_node_id, unknown))
-            iterator = iter(replies)
+        if not isinstance(replies, list):
+            return self._timed(iter(replies))
+        replies.sort(key=lambda reply: order.get(reply.metadata.src_node_id, unknown))
         self.waited += time.monotonic() - started
-        return self._timed(iterator)
+        return iter(replies)
 
     def _timed(self, replies: Iterator[Message]) -> Iterator[Message]:
         while True:

@@ -7,7 +7,7 @@ import secrets
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedkit.engine.events import Event, Listener
 from fedkit.engine.history import History
@@ -17,12 +17,11 @@ from fedkit.errors import FedkitError
 from fedkit.link.server import LinkServer
 from fedkit.rundir import RunDirectory, default_path
 
+if TYPE_CHECKING:
+    from fedkit.engine.driver import Driver
+
 _log = logging.getLogger(__name__)
 APART = frozenset({"query.join", "evaluate", "train.alone"})
-
-
-class Stopped(Exception):
-    """Somebody asked the server to stop before its last round."""
 
 
 def serve(plan: Plan, listeners: Sequence[Listener] = ()) -> tuple[Path, dict[str, Any]]:
@@ -34,28 +33,28 @@ def serve(plan: Plan, listeners: Sequence[Listener] = ()) -> tuple[Path, dict[st
 
     Raises:
         FedkitError: the port is in use, files are missing, too few clients are left, ...
-        Stopped, KeyboardInterrupt: it was asked to stop; the summary is written nevertheless.
+        KeyboardInterrupt: it was asked to stop; the summary is written nevertheless.
     """
     federation = secrets.token_hex(8)
     lobby = Lobby(plan.federation, federation, one_model=plan.strategy.one_model)
     link = LinkServer(lobby.greet, lobby.part)
     address = link.listen(plan.server.listen)
-    goodbye = "The server ended without a result."
+    goodbye, ok = "The server ended: its own code failed.", False
     try:
         rundir = RunDirectory(Path(plan.server.run_dir or default_path(plan.federation.strategy)))
         rundir.write_config(plan.values())
         rundir.write_text("address", address)
         _log.info("Listening on %s, writing to %s.", address, rundir.path)
-        summary = _Run(plan, link, federation, rundir, address, listeners).to_the_end()
-        goodbye = f"The run is over: {summary['stop_reason']}."
+        summary = _Run(plan, link, lobby, federation, rundir, address, listeners).to_the_end()
+        goodbye, ok = f"The run is over: {summary['stop_reason']}.", True
     except FedkitError as error:
         goodbye = f"The server ended: {error}"
         raise
-    except (Stopped, KeyboardInterrupt):
-        goodbye = "The server was stopped."
+    except KeyboardInterrupt:
+        goodbye, ok = "The server was stopped.", True
         raise
     finally:
-        link.close(goodbye)
+        link.close(goodbye, ok=ok)
     return rundir.path, summary
 
 
@@ -66,6 +65,7 @@ class _Run:
         self,
         plan: Plan,
         link: LinkServer,
+        lobby: Lobby,
         federation: str,
         rundir: RunDirectory,
         address: str,
@@ -73,6 +73,8 @@ class _Run:
     ) -> None:
         self._plan = plan
         self._link = link
+        self._lobby = lobby
+        self._driver: Driver | None = None
         self._federation = federation
         self._rundir = rundir
         self._history = History()
@@ -82,42 +84,21 @@ class _Run:
 
     def to_the_end(self) -> dict[str, Any]:
         """All rounds, then the summary; on the way out of an error the summary says which."""
-        from fedkit.engine.driver import Driver
-        from fedkit.engine.facts import ServerView
-        from fedkit.flower import take_identity
-        from fedkit.link.grid import LinkGrid
-
-        take_identity()
-        view = ServerView(self._plan)
-        self._rundir.write("partition.json", view.partition())
-        strategy = self._plan.strategy(self._plan.hyper, view.facts(), self._emit)
-        driver = Driver(
-            strategy,
-            LinkGrid(self._link, self._federation),
-            self._plan.federation,
-            self._emit,
-            check=view.why_not,
-            evaluate_fn=view.measure_global if strategy.one_model else None,
-        )
-        self._emit(Event("start", name=self._plan.federation.strategy))
         status, reason = "failed", "the server's own code failed"
         try:
-            result = driver.run(strategy.initial_arrays())
+            self._run_all()
             status, reason = "completed", "all rounds are done"
-            if strategy.one_model:
-                view.save_global(result.arrays, self._rundir.path / "models")
-        except (Stopped, KeyboardInterrupt):
+        except KeyboardInterrupt:
             status, reason = "stopped", "it was asked to stop"
             raise
         except FedkitError as error:
             reason = str(error)
             raise
         finally:
-            members = list(driver.roster.members.values())
             summary = self._history.summary(
                 self._plan.federation,
                 self._plan.hyper.preset,
-                members,
+                self._driver.roster.members.values() if self._driver else (),
                 status=status,
                 stop_reason=reason,
                 engine="grpc",
@@ -129,6 +110,31 @@ class _Run:
             self._rundir.write("summary.json", summary)
             self._rundir.close()
         return summary
+
+    def _run_all(self) -> None:
+        from fedkit.engine.driver import Driver
+        from fedkit.engine.facts import ServerView
+        from fedkit.flower import take_identity
+        from fedkit.link.grid import LinkGrid
+
+        take_identity()
+        view = ServerView(self._plan)
+        self._rundir.write("partition.json", view.partition())
+        strategy = self._plan.strategy(self._plan.hyper, view.facts(), self._emit)
+        self._driver = Driver(
+            strategy,
+            LinkGrid(self._link, self._federation),
+            self._plan.federation,
+            self._emit,
+            check=lambda node_id, facts: (
+                self._lobby.why_not(node_id, facts["client"]) or view.why_not(facts)
+            ),
+            evaluate_fn=view.measure_global if strategy.one_model else None,
+        )
+        self._emit(Event("start", name=self._plan.federation.strategy))
+        result = self._driver.run(strategy.initial_arrays())
+        if strategy.one_model:
+            view.save_global(result.arrays, self._rundir.path / "models")
 
     def _emit(self, event: Event) -> None:
         for listener in self._listeners:

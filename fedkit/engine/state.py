@@ -209,7 +209,8 @@ class FederationState:
 
     def _sweep(self, used: set[str]) -> None:
         for file in self.folder.iterdir():
-            if file.suffix in (".records", ".reply") and file.name not in used:
+            ours = file.suffix in (".records", ".reply", ".unfinished")
+            if ours and file.name not in used:
                 file.unlink(missing_ok=True)
 
 

@@ -1,7 +1,6 @@
 """The client's end of the link: it only dials out, works on what it is sent, and answers.
 
-Work is done on the calling thread; gRPC reads, writes and answers pings on threads of its own. Nothing
-of Flower or torch is imported here: a client that waits for its first instruction stays small.
+Nothing of Flower or torch is imported here: a client that waits for its first instruction stays small.
 """
 
 from __future__ import annotations
@@ -14,12 +13,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import grpc
 
 from fedkit.errors import FedkitError, error_of
-from fedkit.link.channel import CLIENT_OPTIONS
+from fedkit.link.channel import client_options
 from fedkit.link.frames import METHOD, PROTOCOL, Assembler, FrameError, Kind, frame, message_frames
 from fedkit.link.frames import parse as parse_frame
 
@@ -29,6 +28,7 @@ GOODBYE_WAIT_S = 3.0
 _log = logging.getLogger(__name__)
 
 Buffers = Sequence[bytes]
+Outbox: TypeAlias = "queue.SimpleQueue[tuple[str, Buffers] | None]"
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,12 @@ Welcomed = Callable[[dict[str, Any]], None]
 
 
 class LinkClient:
-    """Keeps a session with the server until the run is over."""
+    """Keeps a session with the server until the run is over.
+
+    A thread of its own holds the connection and makes it again when it breaks, so that the server
+    hears of this client however long a piece of work takes. The work is done on the calling thread,
+    one instruction after the other; an instruction that comes again is not done again.
+    """
 
     def __init__(
         self, address: str, hello: dict[str, Any], *, max_wait: float, on_welcome: Welcomed
@@ -63,99 +68,139 @@ class LinkClient:
         self._max_wait = max_wait
         self._on_welcome = on_welcome
         self._inbox: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
-        self._outbox: queue.SimpleQueue[tuple[str, Buffers] | None] = queue.SimpleQueue()
+        self._outbox: Outbox = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._known: set[str] = set()
+        self._last: tuple[str, Buffers] | None = None
+        self._over = threading.Event()
 
     def run(self, work: Work) -> str:
         """Work until the server says that the run is over; returns what it said.
 
         Raises:
-            FedkitError: refused, unreachable for too long, or the work failed for good.
+            FedkitError: refused, unreachable for too long, the server failed, or the work did.
         """
+        link = threading.Thread(target=self._stay_connected, name="link", daemon=True)
+        link.start()
+        try:
+            return self._serve(work)
+        finally:
+            self._over.set()
+            self._outbox.put(None)
+            link.join(GOODBYE_WAIT_S)
+
+    def _serve(self, work: Work) -> str:
+        goodbye: dict[str, Any] | None = None
+        while goodbye is None:
+            what, value = self._inbox.get()
+            if what == "welcome":
+                self._on_welcome(value)
+            elif what == "bye":
+                goodbye = value
+            elif what == "error":
+                raise value
+            elif not self._over.is_set():  # nobody waits for an answer after the goodbye
+                key, data = value
+                answer = work(key, data)
+                self._answer(key, answer.buffers)
+                if answer.fatal is not None:
+                    raise answer.fatal
+        if not goodbye.get("ok", True):
+            raise FedkitError(str(goodbye.get("reason", "")))
+        return str(goodbye.get("reason", ""))
+
+    def _answer(self, key: str, buffers: Buffers) -> None:
+        with self._lock:
+            self._last = key, buffers
+            self._known.discard(key)
+            self._outbox.put((key, buffers))
+
+    def _instructed(self, key: str, data: bytearray) -> None:
+        with self._lock:
+            if self._last is not None and self._last[0] == key:
+                self._outbox.put(self._last)
+            elif key not in self._known:
+                self._known.add(key)
+                self._inbox.put(("instruction", (key, data)))
+
+    def _stay_connected(self) -> None:
         pause, unreachable_since = FIRST_PAUSE_S, time.monotonic()
-        while True:
-            started = time.monotonic()
+        while not self._over.is_set():
             try:
-                return self._session(work)
+                self._session()
+                return
             except _Broken as broken:
+                if self._over.is_set():
+                    return
                 if broken.welcomed:
                     pause, unreachable_since = FIRST_PAUSE_S, time.monotonic()
                     _log.warning("The link to %s broke: connecting again.", self._address)
-                elif started - unreachable_since + pause > self._max_wait:
-                    raise FedkitError(self._final_word(broken.details)) from None
+                elif time.monotonic() - unreachable_since + pause > self._max_wait:
+                    word = FedkitError(self._final_word(broken.details))
+                    self._inbox.put(("error", word))
+                    return
                 else:
                     _log.info("No answer from %s, trying again: %s", self._address, broken.details)
-                time.sleep(pause * random.uniform(0.8, 1.2))
+                self._over.wait(pause * random.uniform(0.8, 1.2))
                 pause = min(2 * pause, LONGEST_PAUSE_S)
+            except FedkitError as error:
+                self._inbox.put(("error", error))
+                return
+            except Exception as error:  # the calling thread must hear of whatever it was
+                _log.debug("The link failed.", exc_info=error)
+                text = f"The link failed with {type(error).__name__}: {error}."
+                self._inbox.put(("error", FedkitError(text)))
+                return
 
-    def _session(self, work: Work) -> str:
-        self._inbox = queue.SimpleQueue()
-        self._outbox = queue.SimpleQueue()
-        with grpc.insecure_channel(self._address, options=CLIENT_OPTIONS) as channel:
+    def _session(self) -> None:
+        """One connection, until the goodbye; raises ``_Broken`` if it ends without one."""
+        with self._lock:
+            outbox: Outbox = queue.SimpleQueue()
+            self._outbox = outbox
+        with grpc.insecure_channel(self._address, options=client_options(self._address)) as channel:
             open_stream: Any = channel.stream_stream(METHOD)
-            call = open_stream(self._requests(self._outbox))
-            reader = threading.Thread(
-                target=self._read, args=(call, self._inbox), name="link", daemon=True
-            )
-            reader.start()
+            call = open_stream(self._requests(outbox))
             try:
-                return self._serve(work, reader)
+                self._read(call)
             finally:
-                self._outbox.put(None)
-                reader.join(GOODBYE_WAIT_S)
+                outbox.put(None)
                 call.cancel()
 
-    def _serve(self, work: Work, reader: threading.Thread) -> str:
-        welcomed = False
-        while True:
-            what, value = self._inbox.get()
-            if what == "welcome":
-                welcomed = True
-                self._on_welcome(value)
-            elif what == "instruction":
-                key, data = value
-                answer = work(key, data)
-                self._outbox.put((key, answer.buffers))
-                if answer.fatal is not None:
-                    raise answer.fatal
-            elif what == "bye":
-                return str(value)
-            elif what == "broken":
-                raise _Broken(value, welcomed)
-            else:
-                raise value
-
-    def _requests(self, outbox: queue.SimpleQueue[tuple[str, Buffers] | None]) -> Iterator[bytes]:
+    def _requests(self, outbox: Outbox) -> Iterator[bytes]:
         yield frame(Kind.HELLO, self._hello)
         while (item := outbox.get()) is not None:
             yield from message_frames(*item)
         yield frame(Kind.LEAVE)
 
-    def _read(self, call: Any, inbox: queue.SimpleQueue[tuple[str, Any]]) -> None:
-        assembler = Assembler()
+    def _read(self, call: Any) -> None:
+        assembler, welcomed = Assembler(), False
         try:
             for data in call:
                 kind, head, body = parse_frame(data)
                 complete = None
                 if kind is Kind.WELCOME:
-                    inbox.put(("welcome", head))
+                    welcomed = True
+                    self._inbox.put(("welcome", head))
                 elif kind is Kind.MESSAGE:
                     complete = assembler.begin(head)
                 elif kind is Kind.CHUNK:
                     complete = assembler.add(body)
                 elif kind is Kind.BYE:
-                    inbox.put(("bye", head.get("reason", "")))
+                    self._over.set()
+                    self._inbox.put(("bye", head))
                     return
                 else:
                     raise FrameError(f"a server does not send {kind.name}")
                 if complete is not None:
-                    inbox.put(("instruction", complete))
-            inbox.put(("broken", "the server ended the session"))
+                    self._instructed(*complete)
         except FrameError as error:
-            inbox.put(("error", FedkitError(f"{self._address} answered nonsense: {error}.")))
+            raise FedkitError(f"{self._address} answered nonsense: {error}.") from error
         except grpc.RpcError as error:
-            inbox.put(self._explain(error))
+            raise self._explain(error, welcomed) from None
+        if not self._over.is_set():
+            raise _Broken("the server ended the session", welcomed)
 
-    def _explain(self, error: Any) -> tuple[str, Any]:
+    def _explain(self, error: Any, welcomed: bool) -> Exception:
         code, details = error.code(), error.details() or ""
         passing = (
             grpc.StatusCode.UNAVAILABLE,
@@ -165,12 +210,12 @@ class LinkClient:
         )
         if code is grpc.StatusCode.UNIMPLEMENTED:
             sentence = f"What answers at {self._address} is no fedkit server: check --server."
-            return "error", FedkitError(sentence)
+            return FedkitError(sentence)
         if code in passing:
-            return "broken", details
+            return _Broken(details, welcomed)
         # A refusal is the server's own sentence; what was typed is an argument to it.
         exit_code = 2 if code is grpc.StatusCode.INVALID_ARGUMENT else 1
-        return "error", error_of(exit_code, details)
+        return error_of(exit_code, details)
 
     def _final_word(self, details: str) -> str:
         where, tried = self._address, f"tried for {self._max_wait:g} seconds"

@@ -94,12 +94,17 @@ class Assembler:
 
     def __init__(self) -> None:
         self._key: str | None = None
+        self._keep = True
         self._size = 0
+        self._came = 0
         self._checksum = 0
+        self._sum = 0
         self._data = bytearray()
 
-    def begin(self, head: dict[str, Any]) -> tuple[str, bytearray] | None:
+    def begin(self, head: dict[str, Any], *, keep: bool = True) -> tuple[str, bytearray] | None:
         """Take a MESSAGE frame; an empty message is complete at once.
+
+        Without ``keep`` the message is counted and checked but not held: nobody waits for it.
 
         Raises:
             FrameError: a message is under way already, or the head says nonsense.
@@ -113,6 +118,7 @@ class Assembler:
             raise FrameError(f"a message of {size} bytes is beyond the limit")
         # Memory grows with what really comes, not with what was announced.
         self._key, self._size, self._checksum, self._data = key, size, checksum, bytearray()
+        self._keep, self._came, self._sum = keep, 0, 0
         return self._finish() if size == 0 else None
 
     def add(self, body: memoryview) -> tuple[str, bytearray] | None:
@@ -123,14 +129,17 @@ class Assembler:
         """
         if self._key is None:
             raise FrameError("a chunk came without a message")
-        if not len(body) or len(self._data) + len(body) > self._size:
+        if not len(body) or self._came + len(body) > self._size:
             raise FrameError("a message is longer than it said")
-        self._data += body
-        return self._finish() if len(self._data) == self._size else None
+        self._came += len(body)
+        self._sum = zlib.crc32(body, self._sum)
+        if self._keep:
+            self._data += body
+        return self._finish() if self._came == self._size else None
 
     def _finish(self) -> tuple[str, bytearray]:
         key, data = self._key, self._data
-        if zlib.crc32(data) != self._checksum:
+        if self._sum != self._checksum:
             raise FrameError("a message's checksum is wrong")
         self._key, self._data = None, bytearray()
         assert key is not None

@@ -24,8 +24,7 @@ from fedkit.link.server import LinkServer
 class LinkGrid(Grid):
     """Messages by key over a ``LinkServer``.
 
-    A key names an instruction for good, across restarts: federation, round, exchange and client, and a
-    counter for repeats.
+    A key names an instruction for good: federation, round, exchange, client, and a counter.
     """
 
     def __init__(self, link: LinkServer, federation: str) -> None:

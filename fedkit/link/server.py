@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import logging
 import threading
 import time
 from collections import Counter
@@ -24,6 +25,7 @@ from fedkit.link.frames import METHOD, PROTOCOL, Assembler, FrameError, Kind, fr
 from fedkit.link.frames import parse as parse_frame
 from fedkit.link.node import Instruction, Lost, Node, Refusal
 
+_log = logging.getLogger(__name__)
 RECONNECT_GRACE_S = 8.0
 HELLO_WAIT_S = 10.0
 TRANSFERS_IN_FLIGHT = 64
@@ -51,6 +53,7 @@ class LinkServer:
         self._results: dict[str, bytearray | Lost] = {}
         self._transfers = threading.BoundedSemaphore(TRANSFERS_IN_FLIGHT)
         self._holding: set[str] = set()
+        self._ended_well = True
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="link", daemon=True)
         self._server: grpc.aio.Server | None = None
@@ -71,12 +74,6 @@ class LinkServer:
         """The nodes that are connected now or may still come back, in order of their first join."""
         with self._lock:
             return [node.node_id for node in self._nodes.values() if node.here]
-
-    def name(self, node_id: int) -> str:
-        """How the node calls itself."""
-        with self._lock:
-            node = self._nodes.get(node_id)
-        return node.name if node else f"node {node_id}"
 
     def send(self, node_id: int, key: str, buffers: Sequence[bytes], account: str = "") -> None:
         """Queue an instruction; waits while too many transfers are under way (back-pressure).
@@ -130,8 +127,9 @@ class LinkServer:
             node.refusal = refusal
         self._loop.call_soon_threadsafe(node.wake.set)
 
-    def close(self, sentence: str) -> None:
-        """Tell every client that the run is over, and stop listening."""
+    def close(self, sentence: str, *, ok: bool = True) -> None:
+        """Tell every client that the run is over (``ok``: as it should), and stop listening."""
+        self._ended_well = ok
         asyncio.run_coroutine_threadsafe(self._close(sentence), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
@@ -282,10 +280,14 @@ class LinkServer:
         writer = asyncio.create_task(self._write(node, context))
         try:
             await asyncio.wait((reader, writer), return_when=asyncio.FIRST_COMPLETED)
-            if reader.done() and not reader.cancelled() and reader.exception():
-                fault = reader.exception()
+            for task in (reader, writer):
+                fault = task.exception() if task.done() and not task.cancelled() else None
                 if isinstance(fault, FrameError):
                     await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"{fault}.")
+                if fault is not None and not isinstance(fault, grpc.RpcError):
+                    _log.error("The session of %s failed.", node.name, exc_info=fault)
+                    sentence = f"The server's own code failed with {type(fault).__name__}."
+                    await context.abort(grpc.StatusCode.ABORTED, sentence)
         finally:
             for task in (reader, writer):
                 task.cancel()
@@ -300,7 +302,9 @@ class LinkServer:
             carried += len(data)
             kind, head, body = parse_frame(data)
             if kind is Kind.MESSAGE:
-                complete = assembler.begin(head)
+                # A late or unasked-for reply is not held in memory, whatever its size.
+                wanted = head.get("key") in node.pending
+                complete = assembler.begin(head, keep=wanted)
             elif kind is Kind.CHUNK:
                 complete = assembler.add(body)
             elif kind is Kind.LEAVE:
@@ -324,7 +328,7 @@ class LinkServer:
         while True:
             await node.wake.wait()
             node.wake.clear()
-            while node.unsent and node.refusal is None:
+            while node.unsent and node.refusal is None and node.goodbye is None:
                 with self._lock:
                     if not node.unsent:
                         break
@@ -340,7 +344,8 @@ class LinkServer:
             if node.refusal is not None:
                 return
             if node.goodbye is not None:
-                await context.write(frame(Kind.BYE, {"reason": node.goodbye}))
+                head = {"reason": node.goodbye, "ok": self._ended_well}
+                await context.write(frame(Kind.BYE, head))
                 return
 
 

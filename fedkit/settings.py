@@ -20,6 +20,8 @@ from fedkit.registry import suggest
 
 Value = bool | int | float | str
 T = TypeVar("T")
+# What a message can carry.
+LARGEST = 2**63 - 1
 
 
 def setting(
@@ -264,5 +266,7 @@ def _check_range(name: str, item: Field[Any], number: float) -> None:
         raise UsageError(f"{name} must be above {above:g}, not {number:g}.")
     if maximum is not None and number > maximum:
         raise UsageError(f"{name} must be at most {maximum:g}, not {number:g}.")
+    if isinstance(number, int) and number > LARGEST:
+        raise UsageError(f"{name} must be at most {LARGEST}, not {number}.")
     if math.isinf(number):
         raise UsageError(f"{name} must be a finite number, not {number}.")

@@ -121,7 +121,7 @@ class InProcessFederation:
             self.grid,
             self.plan.federation,
             self.emit,
-            check=self.view.why_not,
+            check=lambda node_id, facts: self.view.why_not(facts),
             evaluate_fn=self.view.measure_global if self.strategy.one_model else None,
         )
 

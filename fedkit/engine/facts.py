@@ -43,19 +43,22 @@ class ServerView:
 
     def why_not(self, facts: ConfigRecord) -> str | None:
         """Why a client with these facts may not join, or None."""
-        if facts["public-digest"] != self.data.public_digest:
+        theirs = facts.get("public-digest")
+        if theirs != self.data.public_digest:
             return (
                 f"Its public set {self._settings.public} differs from the server's in content "
-                f"(SHA-256 {str(facts['public-digest'])[:12]}, not {self.data.public_digest[:12]}): "
+                f"(SHA-256 {str(theirs)[:12]}, not {self.data.public_digest[:12]}): "
                 "the files under its data root are others than the server's."
             )
-        if facts["partition-digest"] != self.data.partition_digest:
+        if facts.get("partition-digest") != self.data.partition_digest:
             return (
                 "It deals the data into other shards than the server (another data set under the "
                 "same name, or another version of NumPy)."
             )
-        if facts["classes"] != list(self.data.dataset.classes):
-            return f"Its classes are {facts['classes']!r}, not {list(self.data.dataset.classes)}."
+        if facts.get("classes") != list(self.data.dataset.classes):
+            return (
+                f"Its classes are {facts.get('classes')!r}, not {list(self.data.dataset.classes)}."
+            )
         return None
 
     def partition(self) -> dict[str, Any]:

@@ -100,16 +100,14 @@ class Roster:
             return
         try:
             member = read_member(node_id, reply.content)
-            sentence = self._check(node_id, reply.content.config_records["join"])
-            if sentence is None and self._index_taken(member):
-                sentence = f"Client {member.client} is in this federation already."
         except (KeyError, TypeError, ValueError) as error:
-            sentence = f"What it says of itself can't be read: {error}."
+            self._refuse(node_id, f"What it says of itself can't be read: {error}.")
+            return
+        sentence = self._check(node_id, reply.content.config_records["join"])
+        if sentence is None and self._index_taken(member):
+            sentence = f"Client {member.client} is in this federation already."
         if sentence is not None:
-            self._turned_away.add(node_id)
-            self._emit(Event("warning", name=f"a client was refused: {sentence}"))
-            if isinstance(self._grid, CanDismiss):
-                self._grid.dismiss(node_id, sentence)
+            self._refuse(node_id, sentence)
             return
         # A device that lost its state comes back as another node with the same index.
         gone = [n for n, other in self.members.items() if other.client == member.client]
@@ -118,6 +116,12 @@ class Roster:
         self.members[node_id] = member
         text = f"{member.model} ({member.parameters:,} parameters) on {member.device}"
         self._emit(Event("join", client=member.client, name=text, value=member.examples))
+
+    def _refuse(self, node_id: int, sentence: str) -> None:
+        self._turned_away.add(node_id)
+        self._emit(Event("warning", name=f"a client was refused: {sentence}"))
+        if isinstance(self._grid, CanDismiss):
+            self._grid.dismiss(node_id, sentence)
 
     def _index_taken(self, new: Member) -> bool:
         present = set(self._grid.get_node_ids())

@@ -28,4 +28,10 @@ def client_options(address: str) -> list[tuple[str, int]]:
     """The options of a client that dials ``address``."""
     # gRPC would send loopback, too, through a proxy that the environment names.
     proxy = 0 if address.startswith(LOOPBACK) else 1
-    return [*_COMMON, ("grpc.enable_retries", 0), ("grpc.enable_http_proxy", proxy)]
+    return [
+        *_COMMON,
+        ("grpc.enable_retries", 0),
+        ("grpc.enable_http_proxy", proxy),
+        # How long a host that takes the call and says nothing is listened to: 20 s otherwise.
+        ("grpc.min_reconnect_backoff_ms", 5_000),
+    ]

@@ -85,8 +85,9 @@ class LinkClient:
         try:
             return self._serve(work)
         finally:
-            self._over.set()
-            self._outbox.put(None)
+            with self._lock:
+                self._over.set()
+                self._outbox.put(None)
             link.join(GOODBYE_WAIT_S)
 
     def _serve(self, work: Work) -> str:
@@ -157,6 +158,8 @@ class LinkClient:
         with self._lock:
             outbox: Outbox = queue.SimpleQueue()
             self._outbox = outbox
+            if self._over.is_set():
+                return
         with grpc.insecure_channel(self._address, options=client_options(self._address)) as channel:
             open_stream: Any = channel.stream_stream(METHOD)
             call = open_stream(self._requests(outbox))

@@ -303,7 +303,8 @@ class LinkServer:
             kind, head, body = parse_frame(data)
             if kind is Kind.MESSAGE:
                 # A late or unasked-for reply is not held in memory, whatever its size.
-                wanted = head.get("key") in node.pending
+                key = head.get("key")
+                wanted = isinstance(key, str) and key in node.pending
                 complete = assembler.begin(head, keep=wanted)
             elif kind is Kind.CHUNK:
                 complete = assembler.add(body)
@@ -325,12 +326,14 @@ class LinkServer:
                 self._settle(key, data)
 
     async def _write(self, node: Node, context: Any) -> None:
+        session = node.task
         while True:
             await node.wake.wait()
             node.wake.clear()
             while node.unsent and node.refusal is None and node.goodbye is None:
                 with self._lock:
-                    if not node.unsent:
+                    # Another connection may have taken over between two messages.
+                    if not node.unsent or node.task is not session:
                         break
                     key = node.unsent.pop(0)
                     instruction = node.pending[key]

@@ -98,6 +98,11 @@ def print_result(summary: dict[str, Any], path: Path, *, as_json: bool = False) 
         soft_wrap=True,
     )
     console.print(f"Digest {summary['digest'][:16]}; everything is in {path}", soft_wrap=True)
+    models = "clients/client-*/*/model.safetensors" if (path / "clients").is_dir() else ""
+    if (path / "models").is_dir():
+        models = "models/global.safetensors"
+    if models:
+        console.print(f"Models: {path / models}", soft_wrap=True)
 
 
 def client_table(summary: dict[str, Any]) -> Table:

@@ -221,7 +221,7 @@ def test_a_client_takes_the_next_free_shard(tmp_path):
 
 
 def test_refusals_are_told_to_the_client(tmp_path):
-    server, address = start_server(tmp_path, "--num-shards", "2", "--min-clients", "3")
+    server, address = start_server(tmp_path, "--num-shards", "2", "--rounds", "200")
     with server, start_client(tmp_path, address, 0):
         until(lambda: "client 0 joined" in server.text)
         refused = {

@@ -844,7 +844,7 @@ def test_an_instruction_that_comes_again_is_answered_without_doing_it_again(serv
 
 
 def test_work_that_outlasts_the_grace_is_not_lost_with_the_link(served, monkeypatch):
-    monkeypatch.setattr(server_module, "RECONNECT_GRACE_S", 1.0)
+    monkeypatch.setattr(link_server, "RECONNECT_GRACE_S", 1.0)
     began, go_on = threading.Event(), threading.Event()
     done: list[str] = []
 

@@ -16,7 +16,7 @@ from typing import Any
 FEDKIT = [sys.executable, "-P", "-m", "fedkit"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 # Generous: a guard against hanging, not a measurement.
-LONG = 240
+LONG = 120
 
 
 def fedkit(

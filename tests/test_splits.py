@@ -165,11 +165,17 @@ def test_another_partition_keeps_the_public_set(changes):
     assert first.partition_digest != second.partition_digest
 
 
+def test_labels_are_part_of_the_public_set_only_where_they_are_used():
+    unlabelled, labelled = cut_as(), cut_as(public_labels=True)
+    assert unlabelled.public_digest != labelled.public_digest
+    assert unlabelled.partition_digest == labelled.partition_digest
+
+
 @pytest.mark.parametrize(
     "changes",
     [
         {"strategy": "fedavg"},
-        {"strategy": "fedmd", "public_labels": True},
+        {"strategy": "fedmd"},
         {"rounds": 3, "codec": "float16", "model": "cnn", "alone": True, "select": "uniform:0.5"},
     ],
 )

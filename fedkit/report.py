@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.status import Status
@@ -109,8 +110,15 @@ def client_table(summary: dict[str, Any]) -> Table:
     """Each client's model, shard and samples, its accuracy alone and together, its bytes."""
     clients = summary["clients"]
     alone = any(client["alone_global_accuracy"] is not None for client in clients)
-    table = Table(title="Accuracy on the client's own test data, and on the common test set")
-    for name in ("client", "model", "shard", "samples"):
+    table = Table(
+        title="Accuracy on the client's own test data, and on the common test set",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),  # so that it fits into 80 columns
+        pad_edge=False,
+    )
+    # Where a client's number is its shard's, one column says both and 80 columns are enough.
+    numbered = any(client["shard"] != client["id"] for client in clients)
+    for name in (*(["client"] if numbered else []), "shard", "model", "samples"):
         table.add_column(name, justify="left" if name == "model" else "right")
     columns = ["personal_accuracy", "global_accuracy"]
     if alone:
@@ -123,9 +131,9 @@ def client_table(summary: dict[str, Any]) -> Table:
     table.add_column("down", justify="right")
     for client in clients:
         table.add_row(
-            str(client["id"]),
-            client["model"],
+            *([str(client["id"])] if numbered else []),
             "-" if client["shard"] is None else str(client["shard"]),
+            client["model"],
             str(client["examples"]),
             *(_accuracy(client[name]) for name in columns),
             size(client["bytes_up"]),
@@ -136,9 +144,7 @@ def client_table(summary: dict[str, Any]) -> Table:
         means = [_mean([client[name] for client in clients]) for name in columns]
         table.add_row(
             "mean",
-            "",
-            "",
-            "",
+            *[""] * (3 if numbered else 2),
             *(_accuracy(mean) for mean in means),
             size(summary["bytes_up"] / len(clients)),
             size(summary["bytes_down"] / len(clients)),
@@ -158,7 +164,7 @@ def size(count: float) -> str:
     """Bytes for people: 1.3 MB is 1.3 million bytes."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000 or unit == "GB":
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+            return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.1f} {unit}"
         count /= 1000
     raise AssertionError
 

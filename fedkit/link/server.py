@@ -285,8 +285,9 @@ class LinkServer:
                 if isinstance(fault, FrameError):
                     await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"{fault}.")
                 if fault is not None and not isinstance(fault, grpc.RpcError):
-                    _log.error("The session of %s failed.", node.name, exc_info=fault)
-                    sentence = f"The server's own code failed with {type(fault).__name__}."
+                    sentence = f"The server's own code failed with {type(fault).__name__}: {fault}."
+                    _log.error("The session of %s ended: %s", node.name, sentence)
+                    _log.debug("This is where.", exc_info=fault)
                     await context.abort(grpc.StatusCode.ABORTED, sentence)
         finally:
             for task in (reader, writer):

@@ -102,8 +102,9 @@ def _other(error: Exception) -> int:
         print(error.format_message())
         return error.exit_code
     if isinstance(error, click.ClickException):
-        text = error.format_message()
-        _fail(text if text.endswith(".") else f"{text}.", error.exit_code, error)
+        # Typer and Click may each add the same suggestion.
+        text = error.message if "Did you mean" in error.message else error.format_message()
+        _fail(text if text.endswith((".", "?")) else f"{text}.", error.exit_code, error)
     _fail(
         f"fedkit's own code failed with {type(error).__name__}: {error}; --debug shows where.",
         1,

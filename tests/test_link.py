@@ -843,29 +843,6 @@ def test_an_instruction_that_comes_again_is_answered_without_doing_it_again(serv
         assert done == ["k"]
 
 
-def test_work_that_outlasts_the_grace_is_not_lost_with_the_link(served, monkeypatch):
-    monkeypatch.setattr(link_server, "RECONNECT_GRACE_S", 1.0)
-    began, go_on = threading.Event(), threading.Event()
-    done: list[str] = []
-
-    def work(key: str, data: bytearray) -> Answer:
-        began.set()
-        assert go_on.wait(LONG)
-        done.append(key)
-        return Answer([data.upper()])
-
-    with proxied(served) as proxy:
-        start(client(proxy.address), work)
-        (node,) = served.nodes(1)
-        served.link.send(node, "k", [b"x"])
-        assert began.wait(LONG)
-        proxy.cut()
-        time.sleep(2.0)  # twice the grace: only who connects again meanwhile keeps its place
-        go_on.set()
-        assert served.take("k") == {"k": b"X"}
-        assert served.parted == [] and done == ["k"]
-
-
 def test_a_message_that_breaks_off_half_way_comes_whole_after_all(served):
     data = bytes(range(256)) * (20 << 12)
     with proxied(served) as proxy:

@@ -5,16 +5,13 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export FLWR_TELEMETRY_ENABLED := 0
 
-.PHONY: demo test slow check wheel-test clean
+.PHONY: demo test check wheel-test clean
 
 demo: $(VENV)/installed
 	$(BIN)/fedkit run --strategy ktpfl --clients 4 --rounds 10
 
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest
-
-slow: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -m slow
 
 check: $(VENV)/installed-dev
 	$(BIN)/ruff check .

@@ -65,7 +65,7 @@ def init(message: Message, context: Context) -> Message:
         patience=cast(int, config["init-patience"]),
     )
     edge.start_alone(context)
-    context.state["init"] = MetricRecord(dict(metrics.items()))
+    context.state["init"] = MetricRecord({**metrics})
     return reply(message, edge, metrics)
 
 

@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from typing import cast
 
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
-os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, Context, Error, Message, RecordDict

@@ -17,7 +17,6 @@ os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, Context, Error, Message, RecordDict
-from flwr.app.message import make_message
 from flwr.common.constant import ErrorCode
 from flwr.common.serde import (
     message_from_proto,
@@ -25,12 +24,13 @@ from flwr.common.serde import (
     recorddict_from_proto,
     recorddict_to_proto,
 )
+from flwr.common.serde_utils import metadata_to_proto
 from flwr.proto.message_pb2 import Message as ProtoMessage
 from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
 SERVER_NODE_ID = 1
-_COUNTS = struct.Struct(">II")
+_COUNT = struct.Struct(">I")
 Buffers = list[bytes]
 
 
@@ -57,21 +57,33 @@ def unavailable_reply(message: Message, reason: str) -> Message:
 
 
 def encode_message(message: Message) -> Buffers:
-    """A message as buffers to be sent one after the other; arrays are not copied."""
+    """A message as buffers: its description, then the bytes of each array, which are not copied."""
     if not message.has_content():
-        return _frame(message_to_proto(message).SerializeToString(), [])
-    skeleton, blobs = _strip(message.content)
-    proto = message_to_proto(make_message(message.metadata, content=skeleton))
-    return _frame(proto.SerializeToString(), blobs)
+        return [message_to_proto(message).SerializeToString()]
+    described, *blobs = encode_content(message.content)
+    return [encode_envelope(message) + described, *blobs]
 
 
-def decode_message(data: bytes | bytearray | memoryview) -> Message:
+def encode_content(content: RecordDict) -> Buffers:
+    """The part of a message's buffers that does not hang on who gets it: made once for a broadcast."""
+    skeleton, blobs = _strip(content)
+    return [ProtoMessage(content=recorddict_to_proto(skeleton)).SerializeToString(), *blobs]
+
+
+def encode_envelope(message: Message) -> bytes:
+    """The other part; protobuf reads two descriptions, one behind the other, as one."""
+    return ProtoMessage(metadata=metadata_to_proto(message.metadata)).SerializeToString()
+
+
+def decode_message(buffers: Sequence[bytes]) -> Message:
     """The message that ``encode_message`` wrote.
 
     Raises:
-        ValueError: the bytes are no such message.
+        ValueError: the buffers are no such message.
     """
-    head, blobs = _unframe(data)
+    if not buffers:
+        raise ValueError("an empty message")
+    head, *blobs = buffers
     try:
         message = message_from_proto(ProtoMessage.FromString(head))
     except Exception as error:  # protobuf and Flower raise many kinds for foreign bytes
@@ -86,12 +98,12 @@ def decode_message(data: bytes | bytearray | memoryview) -> Message:
 def encode_records(records: RecordDict) -> Buffers:
     """Records without a message, as kept on disk."""
     skeleton, blobs = _strip(records)
-    return _frame(recorddict_to_proto(skeleton).SerializeToString(), blobs)
+    return as_file([recorddict_to_proto(skeleton).SerializeToString(), *blobs])
 
 
 def decode_records(data: bytes | bytearray | memoryview) -> RecordDict:
     """The records that ``encode_records`` wrote; ``ValueError`` if the bytes are none."""
-    head, blobs = _unframe(data)
+    head, *blobs = from_file(data)
     try:
         records = recorddict_from_proto(ProtoRecordDict.FromString(head))
     except Exception as error:
@@ -156,24 +168,29 @@ def _check_description(name: str, array: Array) -> None:
         raise ValueError(f"{name} has the shape {tuple(array.shape)}")
 
 
-def _frame(head: bytes, blobs: list[bytes]) -> Buffers:
-    lengths = struct.pack(f">{len(blobs)}Q", *(len(blob) for blob in blobs))
-    return [_COUNTS.pack(len(head), len(blobs)) + lengths + head, *blobs]
+def as_file(buffers: Sequence[bytes]) -> Buffers:
+    """The same buffers, with their lengths in front, to be written one after the other."""
+    lengths = struct.pack(f">{len(buffers)}Q", *map(len, buffers))
+    return [_COUNT.pack(len(buffers)) + lengths, *buffers]
 
 
-def _unframe(data: bytes | bytearray | memoryview) -> tuple[bytes, list[bytes]]:
+def from_file(data: bytes | bytearray | memoryview) -> Buffers:
+    """The buffers that ``as_file`` wrote.
+
+    Raises:
+        ValueError: the data are cut short, or no such file.
+    """
     view = memoryview(data)
     try:
-        head_length, count = _COUNTS.unpack_from(view)
-        lengths = cast(tuple[int, ...], struct.unpack_from(f">{count}Q", view, _COUNTS.size))
+        (count,) = _COUNT.unpack_from(view)
+        lengths = cast(tuple[int, ...], struct.unpack_from(f">{count}Q", view, _COUNT.size))
     except (struct.error, MemoryError) as error:
-        raise ValueError("the message is cut short") from error
-    start = _COUNTS.size + 8 * count
-    if start + head_length + sum(lengths) != len(view):
-        raise ValueError(f"the message says it has other lengths than its {len(view)} bytes")
-    head = bytes(view[start : start + head_length])
-    blobs, start = [], start + head_length
+        raise ValueError("the data are cut short") from error
+    start = _COUNT.size + 8 * count
+    if not count or start + sum(lengths) != len(view):
+        raise ValueError(f"the data say that they have other lengths than their {len(view)} bytes")
+    buffers = []
     for length in lengths:
-        blobs.append(bytes(view[start : start + length]))
+        buffers.append(bytes(view[start : start + length]))
         start += length
-    return head, blobs
+    return buffers

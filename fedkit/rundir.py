@@ -1,31 +1,36 @@
 """The run directory: the contract by which other tools read a run.
 
 ``config.toml``     every setting; ``fedkit run --config`` runs it again
-``metrics.jsonl``   one record per measurement or event, flushed as it happens
+``metrics.jsonl``   one record per measurement or event, flushed as it happens; where a round was run
+                    again, a ``rewind`` says that what stood before for it does not count
 ``summary.json``    the result, written once at the end
 ``partition.json``  who holds what
 ``address``         where the server listens
+``checkpoints/``    what ``fedkit server --resume`` goes on from
+``nodes.json``      which device is which client (with hashes of their secrets: mode 600)
 ``models/``         the global model, where the strategy has one
 ``clients/``, ``logs/``   under `fedkit run`: each client's state (with its model) and output
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import tomli_w
 
 from fedkit.durable import make_folder, write_json, write_whole
-from fedkit.engine.events import Event
+from fedkit.engine.events import REWIND, Event
 from fedkit.errors import FedkitError, UsageError
-from fedkit.settings import Value
+from fedkit.settings import Value, read_toml
 
 SCHEMA = 1
 
@@ -43,21 +48,29 @@ def default_path(strategy: str) -> Path:
 class RunDirectory:
     """Writes a run down as it happens."""
 
-    def __init__(self, path: Path) -> None:
-        """Make the folder.
+    def __init__(self, path: Path, *, resume: bool = False) -> None:
+        """Make the folder, or with ``resume`` go on in it; no other process may write there.
 
         Raises:
-            UsageError: a run is in it already.
-            FedkitError: it can't be written.
+            UsageError: a run is in it already, or none to go on with.
+            FedkitError: it can't be written, or another server is at work in it.
         """
-        if (path / "metrics.jsonl").exists():
-            raise UsageError(f"{path} holds a run already: choose another --run-dir.")
+        if (path / "metrics.jsonl").exists() != resume:
+            raise UsageError(
+                f"{path} holds no run that could be resumed."
+                if resume
+                else f"{path} holds a run already: choose another --run-dir, or --resume {path}."
+            )
         make_folder(path)
         self.path = path
         try:
-            self._metrics = (path / "metrics.jsonl").open("a", encoding="utf-8")
+            self._lock = (path / "lock").open("a")
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise FedkitError(f"Another server is at work in {path}.") from error
         except OSError as error:
             raise FedkitError(f"{path} can't be written: {error.strerror}.") from error
+        self._metrics = _open_whole(path / "metrics.jsonl")
 
     def record(self, event: Event) -> None:
         """Append one event to ``metrics.jsonl``."""
@@ -72,6 +85,22 @@ class RunDirectory:
         except OSError as error:
             where = self.path / "metrics.jsonl"
             raise FedkitError(f"{where} can't be written: {error.strerror}.") from error
+
+    def sync(self) -> None:
+        """Let everything recorded so far survive a power cut.
+
+        Raises:
+            FedkitError: the disk is full.
+        """
+        try:
+            os.fsync(self._metrics.fileno())
+        except OSError as error:
+            where = self.path / "metrics.jsonl"
+            raise FedkitError(f"{where} can't be written: {error.strerror}.") from error
+
+    def read_config(self) -> dict[str, Value]:
+        """The settings that ``write_config`` wrote."""
+        return read_toml(str(self.path / "config.toml"))
 
     def write_config(self, values: Mapping[str, Value]) -> None:
         """Write every setting that is given, but for the folder: the next run has another."""
@@ -89,9 +118,34 @@ class RunDirectory:
     def close(self) -> None:
         """No more events."""
         self._metrics.close()
+        self._lock.close()
 
 
-def read_events(path: Path) -> list[dict[str, Any]]:
-    """The records in a run's ``metrics.jsonl``; a line that is still being written is left out."""
+def read_events(path: Path, *, everything: bool = False) -> list[dict[str, Any]]:
+    """The records in a run's ``metrics.jsonl`` that count; a line still being written is left out.
+
+    With ``everything``, also those of rounds that were run again.
+    """
     text = (path / "metrics.jsonl").read_text(encoding="utf-8")
-    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    records = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    if everything:
+        return records
+    counting: list[dict[str, Any]] = []
+    for record in records:
+        if record["event"] == REWIND:
+            counting = [r for r in counting if (r["round"] or 0) < record["round"]]
+        counting.append(record)
+    return counting
+
+
+def _open_whole(file: Path) -> IO[str]:
+    """The file, to be written on at its end, without the half line that a killed process left."""
+    try:
+        opened = file.open("a+", encoding="utf-8")
+        opened.seek(0)
+        whole = opened.read().rpartition("\n")
+        if whole[2]:
+            opened.truncate(len((whole[0] + whole[1]).encode()))
+        return opened
+    except (OSError, UnicodeDecodeError) as error:
+        raise FedkitError(f"{file} can't be read: {error}.") from error

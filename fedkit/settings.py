@@ -106,6 +106,25 @@ class FederationSettings:
         above=0,
         maximum=1e7,
     )
+    quorum: float = setting(
+        0.0,
+        "share of the selected clients that must answer each exchange of a round; 0: any number will do",
+        minimum=0,
+        maximum=1,
+    )
+    below_quorum: str = setting(
+        "repeat",
+        "a round below the quorum is repeated (those who answered are not asked for it again) or "
+        "skipped (its result is dropped)",
+        choices=("repeat", "skip"),
+    )
+    rejoin_wait: float = setting(
+        60.0,
+        "with fewer than min-clients connected, the run ends after so long, and can be resumed",
+        unit="seconds",
+        minimum=0,
+        maximum=1e7,
+    )
     threads: int = setting(
         1, "torch threads of each process; part of the numbers, so never guessed", minimum=1
     )
@@ -125,11 +144,30 @@ class DataSettings:
 
 @dataclass(frozen=True)
 class ServerSettings:
-    """Where the server listens and writes."""
+    """Where the server listens and writes, and what it keeps."""
 
     listen: str = setting("127.0.0.1:8090", "address to listen on; port 0 takes a free one")
     run_dir: str = setting(
         "", "folder for the results (default: runs/TIME-STRATEGY)", unit="folder"
+    )
+    keep_checkpoints: int = setting(
+        3, "how many checkpoints are kept; there is one after every round", minimum=1
+    )
+    reconnect_grace: float = setting(
+        10.0,
+        "a client whose connection ended may come back for so long before the round goes on without it",
+        unit="seconds",
+        minimum=0,
+        maximum=1e7,
+    )
+    max_message: int = setting(
+        2**34, "the largest message that is taken from a client", unit="bytes", minimum=1024
+    )
+    metrics_port: str = setting(
+        "",
+        "serve Prometheus metrics at this port of 127.0.0.1, or at HOST:PORT for others to reach "
+        "(default: not at all)",
+        unit="port",
     )
 
 

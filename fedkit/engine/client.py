@@ -1,29 +1,29 @@
-"""The client process: one long-lived process that joins, works on instructions, and keeps its state.
-
-Nothing of Flower or torch is imported until the first instruction comes.
-"""
+"""The client process: one long-lived process that joins, works on instructions, and keeps its state."""
 
 from __future__ import annotations
 
 import logging
-import traceback
-from dataclasses import dataclass
+import math
+import random
+import time
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fedkit import __version__
-from fedkit.engine.state import FederationState, StateDirectory, first_free
-from fedkit.errors import FedkitError
+from fedkit.engine.membership import Membership
+from fedkit.engine.state import StateDirectory, first_free
+from fedkit.errors import FedkitError, UsageError
 from fedkit.link.client import Answer, LinkClient
-from fedkit.registry import load
-from fedkit.settings import DataSettings
-
-if TYPE_CHECKING:
-    from flwr.app import Context
-    from flwr.clientapp import ClientApp
+from fedkit.security.credentials import channel_credentials, explain_tls
+from fedkit.security.settings import ClientSecurity
+from fedkit.settings import DataSettings, Value
 
 _log = logging.getLogger(__name__)
 DEFAULT_STATE = Path("fedkit-state")
+# A server that was in the federation is waited for longer: it may be restarted.
+FIRST_WAIT_S, AGAIN_WAIT_S = 30.0, 600.0
+STAY_PAUSE_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,12 @@ class ClientPlan:
         state_dir: where it keeps its identity and model; None takes one under ``fedkit-state``.
         expected: dataset, partition and num-shards as the user expects them, where given.
         data: where this machine keeps data sets.
-        max_wait: seconds to go on trying while the server can't be reached.
+        max_wait: seconds to go on trying while the server can't be reached; None takes 30 seconds,
+            and 10 minutes once it has been in the federation.
+        stay: wait for the next run when one is over, and for a server for as long as it takes.
+        reset_state: move what is kept for federations aside first.
+        security: TLS.
+        token: the join token, if any.
     """
 
     server: str
@@ -48,124 +53,111 @@ class ClientPlan:
     state_dir: Path | None
     expected: dict[str, Any]
     data: DataSettings
-    max_wait: float
+    max_wait: float | None = None
+    stay: bool = False
+    reset_state: bool = False
+    security: ClientSecurity = field(default_factory=ClientSecurity)
+    token: str | None = field(default=None, repr=False)
+
+
+class _AnotherFederation(FedkitError):
+    """The server that came back runs another federation than the one that this client was in."""
 
 
 class Client:
-    """A device in a federation."""
+    """A device, in one federation after the other."""
 
     def __init__(self, plan: ClientPlan) -> None:
         """Take the state directory; ``FedkitError`` if another process has it."""
         self._plan = plan
         self._directory = _open_state(plan)
-        self._welcome: dict[str, Any] = {}
-        self._state: FederationState | None = None
-        self._context: Context | None = None
-        self._app: ClientApp | None = None
+        self._membership: Membership | None = None
+        self._failed = False
+        if plan.reset_state:
+            aside = self._directory.set_aside()
+            if aside is not None:
+                _log.warning("What was kept before is in %s.", aside)
 
     def run(self) -> str:
-        """Take part until the run is over; returns what the server said at the end.
+        """Take part until the run is over, or with ``stay`` until stopped; returns the last goodbye.
 
         Raises:
             FedkitError: refused, unreachable, or its own code failed.
         """
-        identity = self._directory.identity()
-        shard = self._plan.shard
-        hello = {
-            "identity": identity["identity"],
-            "secret": identity["secret"],
-            "name": f"the client of shard {shard}" if shard is not None else "a client",
-            "version": __version__,
-            "config": {**self._plan.expected, "shard": shard, "model": self._plan.model},
-        }
-        link = LinkClient(
-            self._plan.server, hello, max_wait=self._plan.max_wait, on_welcome=self._take_welcome
-        )
         try:
-            goodbye = link.run(self._work)
-            self._export()
-            return goodbye
+            while True:
+                try:
+                    goodbye = self._take_part()
+                    if not self._plan.stay:
+                        return goodbye
+                    _log.warning("%s Waiting for the next.", goodbye)
+                except FedkitError as error:
+                    # What was typed, or this device's own failure, does not mend itself.
+                    if not self._plan.stay or self._failed or isinstance(error, UsageError):
+                        raise
+                    _log.warning("%s Trying again.", error)
+                self._membership = None
+                time.sleep(STAY_PAUSE_S * random.uniform(0.5, 1.5))
         finally:
             self._directory.close()
 
     @property
     def model_path(self) -> Path | None:
         """Where the client's own model is, once the run is over."""
-        path = self._state.folder / "model.safetensors" if self._state else None
-        return path if path is not None and path.exists() else None
+        return self._membership.model_path if self._membership else None
+
+    def _take_part(self) -> str:
+        plan, identity = self._plan, self._directory.identity()
+        hello = {
+            "identity": identity["identity"],
+            "secret": identity["secret"],
+            "name": "a client" if plan.shard is None else f"the client of shard {plan.shard}",
+            "version": __version__,
+            "config": {**plan.expected, "shard": plan.shard, "model": plan.model},
+            **({"token": plan.token} if plan.token else {}),
+        }
+        first, again = FIRST_WAIT_S, AGAIN_WAIT_S
+        if plan.stay:
+            first = again = math.inf
+        elif plan.max_wait is not None:
+            first = again = plan.max_wait
+        link = LinkClient(
+            plan.server,
+            hello,
+            max_wait=first,
+            patience=again,
+            on_welcome=self._take_welcome,
+            credentials=lambda: channel_credentials(plan.server, plan.security),
+            explain=lambda details: explain_tls(details, plan.server, plan.security),
+        )
+        goodbye = link.run(self._work)
+        if self._membership is not None:
+            self._membership.export()
+        return goodbye
 
     def _take_welcome(self, welcome: dict[str, Any]) -> None:
-        shard = welcome["node_config"]["partition-id"]
-        if self._welcome and self._welcome["federation"] != welcome["federation"]:
-            raise FedkitError(
+        plan, before = self._plan, self._membership
+        if before is not None and before.federation != welcome.get("federation"):
+            self._membership = None
+            raise _AnotherFederation(
                 "The server was started anew, with another federation: start this client again to "
-                "take part in that."
+                "take part in that (--stay does so by itself)."
             )
-        if not self._welcome:
-            _log.info("Connected to %s, shard %s.", self._plan.server, shard)
-        self._welcome = welcome
+        if before is None:
+            shard = welcome["node_config"]["partition-id"]
+            _log.info("Connected to %s, shard %s.", plan.server, shard)
+            node_config: dict[str, Value] = {
+                "device": plan.device,
+                "data-root": plan.data.data_root,
+                "allow-checksum-mismatch": plan.data.allow_checksum_mismatch,
+            }
+            self._membership = Membership(self._directory, welcome, plan.model, node_config)
 
-    def _work(self, key: str, data: bytearray) -> Answer:
-        from fedkit.flower import decode_message, encode_message, error_reply
-
-        message = None
-        try:
-            self._prepare()
-            assert self._context is not None and self._app is not None and self._state is not None
-            if self._state.last_key == key and self._state.last_reply is not None:
-                return Answer([self._state.last_reply])
-            message = decode_message(data)
-            _log.info("Instruction %s", key)
-            reply = encode_message(self._app(message, self._context))
-            self._state.commit(key, reply, self._context.state)
-            return Answer(reply)
-        except Exception as error:  # whatever the app raised, the server hears of it first
-            fatal = _explain(error)
-            message = message or decode_message(data)
-            return Answer(encode_message(error_reply(message, str(fatal))), fatal)
-
-    def _prepare(self) -> None:
-        if self._context is not None:
-            return
-        from fedkit.flower import new_context, take_identity
-
-        run_config = self._welcome["run_config"]
-        shard = self._welcome["node_config"]["partition-id"]
-        model = self._plan.model or run_config["model"]
-        folder = self._directory.path / _safe_name(self._welcome["federation"])
-        self._state = FederationState(folder, {"model": model, "shard": shard})
-        node_id = int(self._welcome["node_id"])
-        take_identity(node_id)
-        node_config = {
-            **self._welcome["node_config"],
-            "model": model,
-            "device": self._plan.device,
-            "data-root": self._plan.data.data_root,
-            "allow-checksum-mismatch": self._plan.data.allow_checksum_mismatch,
-        }
-        context = new_context(node_id, node_config)
-        context.run_config = run_config
-        if self._state.begun:
-            self._state.restore(context.state)
-            _log.warning("Going on from %s (%s).", folder, self._state.last_key)
-        # The name came over the network: it is looked up in this machine's registry only.
-        self._app = load("clients", str(run_config["strategy"]))
-        self._context = context
-
-    def _export(self) -> None:
-        if self._context is None or self._state is None:
-            return
-        record = self._context.state.array_records.get("own-model")
-        if record is None:
-            return
-        import safetensors.numpy
-
-        from fedkit.durable import write_whole
-
-        named = {name: array.numpy() for name, array in record.items()}
-        path = self._state.folder / "model.safetensors"
-        write_whole(path, [safetensors.numpy.save(named)])
-        _log.info("The model is in %s.", path)
+    def _work(self, key: str, buffers: list[bytes]) -> Answer:
+        assert self._membership is not None, "instructions come after the welcome"
+        answer = self._membership.work(key, buffers)
+        self._failed = answer.fatal is not None
+        return answer
 
 
 def _open_state(plan: ClientPlan) -> StateDirectory:
@@ -174,25 +166,3 @@ def _open_state(plan: ClientPlan) -> StateDirectory:
     if plan.shard is not None:
         return StateDirectory(DEFAULT_STATE / f"shard-{plan.shard}")
     return first_free(DEFAULT_STATE, "client")
-
-
-def _explain(error: Exception) -> FedkitError:
-    if isinstance(error, FedkitError):
-        return error
-    _log.debug("The client's own code failed.", exc_info=error)
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    where = f"{Path(last.filename).name}:{last.lineno}"
-    fatal = FedkitError(
-        f"The client's own code failed with {type(error).__name__}: {error} ({where}); "
-        "--debug shows where."
-    )
-    fatal.__cause__ = error
-    return fatal
-
-
-def _safe_name(name: object) -> str:
-    # It came over the network and becomes a folder's name.
-    text = str(name)
-    if not text.isalnum() or len(text) > 64:
-        raise FedkitError("The server's federation id is no plain word.")
-    return text

@@ -6,14 +6,17 @@ has, so that an algorithm file holds nothing but its algorithm.
 
 from __future__ import annotations
 
+import copy
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator
+from typing import Protocol, runtime_checkable
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
-from fedkit.engine.events import Event, Listener
+from fedkit.engine.events import REWIND, Event, Listener
 from fedkit.engine.roster import Check, Member, Roster
 from fedkit.engine.round_grid import RoundGrid
 from fedkit.engine.strategy import Exchange, FederatedStrategy, exchanges_of
@@ -24,8 +27,23 @@ from fedkit.seeds import numpy_generator
 from fedkit.settings import FederationSettings
 
 JOIN_POLL_S = 0.02
-REJOIN_WAIT_S = 60.0
+# How often a round is tried that does not reach its quorum.
+TRIES = 3
 EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
+RoundOver = Callable[[int, ArrayRecord], None]
+
+
+@runtime_checkable
+class CanRepeat(Protocol):
+    """A grid whose instructions are known again when a round is repeated."""
+
+    def begin_round(self) -> None:
+        """A round begins, or begins again."""
+        ...
+
+
+class _BelowQuorum(Exception):
+    """Too few of the clients that were selected have answered."""
 
 
 class Driver:
@@ -40,6 +58,7 @@ class Driver:
         *,
         check: Check = lambda node_id, facts: None,
         evaluate_fn: EvaluateFn | None = None,
+        round_over: RoundOver = lambda server_round, arrays: None,
     ) -> None:
         """A driver.
 
@@ -50,12 +69,15 @@ class Driver:
             emit: takes every event.
             check: says why a client may not join, or None (see ``Roster``).
             evaluate_fn: measures the global model at the server.
+            round_over: called with the global model after each round, and with round 0 when the
+                clients are there and the first can begin.
         """
         self._strategy = strategy
         self._grid = grid
         self._settings = settings
         self._emit = emit
         self._evaluate_fn = evaluate_fn
+        self._round_over = round_over
         self.roster = Roster(grid, check, emit)
         name, argument = split(settings.select)
         self._selector = load("selectors", name)(argument)
@@ -72,14 +94,41 @@ class Driver:
             FedkitError: too few clients are left to go on.
         """
         self._wait_for_clients(None)
+        if first_round == 1:
+            self._round_over(0, arrays)
         for server_round in range(first_round, self._settings.rounds + 1):
-            arrays = self._round(server_round, arrays)
+            arrays = self._settle(server_round, arrays)
+            self._round_over(server_round, arrays)
         self._result.arrays = arrays
         return self._result
 
+    def _settle(self, server_round: int, arrays: ArrayRecord) -> ArrayRecord:
+        """A round, repeated or skipped where too few answer; gives the global model after it."""
+        settings, strategy = self._settings, self._strategy
+        state = getattr(strategy, "state", None) if settings.quorum else None
+        before = copy.deepcopy(state)
+        for attempt in range(1, TRIES + 1):
+            self._wait_for_clients(settings.rejoin_wait)
+            if isinstance(self._grid, CanRepeat):
+                self._grid.begin_round()
+            try:
+                return self._round(server_round, arrays)
+            except _BelowQuorum as missed:
+                if state is not None:
+                    strategy.state = copy.deepcopy(before)  # type: ignore[attr-defined]
+                how = settings.below_quorum if attempt < TRIES else "given up"
+                self._emit(Event("warning", server_round, name=f"{missed}: the round is {how}"))
+                self._emit(Event(REWIND, server_round, name=str(missed)))
+                if settings.below_quorum == "skip":
+                    return arrays
+                reason = missed
+        raise FedkitError(
+            f"Round {server_round} was tried {TRIES} times and did not reach the quorum ({reason}): "
+            "the run ends here."
+        )
+
     def _round(self, server_round: int, arrays: ArrayRecord) -> ArrayRecord:
         settings = self._settings
-        self._wait_for_clients(REJOIN_WAIT_S)
         everybody = self.roster.connected()
         chosen = self._select(server_round, everybody)
         started = time.monotonic()
@@ -92,6 +141,7 @@ class Driver:
             grid.share = 1 / (len(exchanges) - at)
             new_arrays = self._exchange(server_round, exchange, arrays, config, grid)
             arrays = arrays if new_arrays is None else new_arrays
+            self._check_quorum(exchange, len(grid.members), len(chosen))
         # The reference and the measuring are no part of what the round costs, nor of its deadline.
         seconds = time.monotonic() - started
         server_seconds = seconds - grid.waited
@@ -107,6 +157,13 @@ class Driver:
         self._emit(Event("round", server_round, None, None, "seconds_server", server_seconds))
         self._emit(Event("round", server_round, None, None, "seconds", seconds, len(chosen)))
         return arrays
+
+    def _check_quorum(self, exchange: Exchange, answered: int, chosen: int) -> None:
+        needed = math.ceil(self._settings.quorum * chosen - 1e-9)
+        if answered < needed:
+            raise _BelowQuorum(
+                f"{answered} of {chosen} clients were there after {exchange.name}, the quorum is {needed}"
+            )
 
     def _exchange(
         self,

@@ -6,6 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+# A round is run again: what was told of it, and of those after it, does not count.
+REWIND = "rewind"
+
 
 @dataclass(frozen=True)
 class Event:

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from fedkit import __version__
-from fedkit.engine.events import Event
+from fedkit.engine.events import REWIND, Event
 from fedkit.engine.roster import Member
 from fedkit.rundir import SCHEMA
 from fedkit.settings import FederationSettings
@@ -39,14 +39,16 @@ class History:
         self._slowest: dict[tuple[int, str], float] = defaultdict(float)
         self._cpu: dict[int | None, float] = defaultdict(float)
         self._seconds: dict[str, dict[int, float]] = defaultdict(dict)
-        self._lines: list[str] = []
+        self._lines: dict[int, list[str]] = defaultdict(list)
 
     def take(self, event: Event) -> None:
         """Take one event in."""
         round, client, name = event.round or 0, event.client, event.name or ""
+        if event.event == REWIND:
+            self._forget(round)
         if event.event in IN_DIGEST:
             fields = [event.event, round, event.exchange, client, name, event.value, event.n]
-            self._lines.append(json.dumps(fields))
+            self._lines[round].append(json.dumps(fields))
         if event.event == "metric":
             self._metrics[round][client][name] = float(event.value)
         elif event.event == "bytes" and event.exchange not in APART:
@@ -78,12 +80,28 @@ class History:
             )
         return rows
 
-    def digest(self) -> str:
-        """SHA-256 (hex) of all measurements and bytes, times left out, in a fixed order."""
+    def digest(self, until: int | None = None) -> str:
+        """SHA-256 (hex) of all measurements and bytes, times left out, in a fixed order.
+
+        Args:
+            until: leave out what came after this round.
+        """
         sha = hashlib.sha256()
-        for line in sorted(self._lines):
+        told = [lines for at, lines in self._lines.items() if until is None or at <= until]
+        for line in sorted(line for lines in told for line in lines):
             sha.update(line.encode() + b"\n")
         return sha.hexdigest()
+
+    def _forget(self, round: int) -> None:
+        """That round, and what came after it, will be run again."""
+        by_rounds: list[dict[int, Any]] = [self._metrics, self._lines, *self._seconds.values()]
+        for by_round in by_rounds:
+            for at in [at for at in by_round if at >= round]:
+                del by_round[at]
+        by_pairs: list[dict[Any, Any]] = [self._slowest, *self._bytes.values()]
+        for by_pair in by_pairs:
+            for pair in [pair for pair in by_pair if pair[0] >= round]:
+                del by_pair[pair]
 
     def summary(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
 from typing import Any
 
 import grpc
@@ -18,14 +19,29 @@ CHECKED = ("dataset", "partition", "num-shards")
 class Lobby:
     """Shards by client; asked at every greeting."""
 
-    def __init__(self, settings: FederationSettings, federation: str, *, one_model: bool) -> None:
-        """A lobby of the federation with that id; ``one_model`` if all train the same network."""
+    def __init__(
+        self,
+        settings: FederationSettings,
+        federation: str,
+        *,
+        one_model: bool,
+        shards: Mapping[int, int] | None = None,
+    ) -> None:
+        """A lobby of the federation with that id.
+
+        Args:
+            settings: the federation's.
+            federation: its id.
+            one_model: whether all train the same network.
+            shards: each shard's holder, by node id, in a federation that goes on.
+        """
         self._settings = settings
         self._federation = federation
         self._one_model = one_model
         self._lock = threading.Lock()
-        self._holder: dict[int, int] = {}
-        self._gone: set[int] = set()
+        self._holder: dict[int, int] = dict(shards or {})
+        # Until they come back.
+        self._gone: set[int] = set(self._holder.values())
 
     def greet(self, hello: dict[str, Any], node_id: int) -> dict[str, Any]:
         """The welcome for a client: the federation's settings and the client's shard.
@@ -47,6 +63,11 @@ class Lobby:
             "node_config": {"partition-id": shard, "num-partitions": settings.num_shards},
             "run_config": as_config(settings),
         }
+
+    def shards(self) -> dict[int, int]:
+        """Each shard's holder, by node id."""
+        with self._lock:
+            return dict(self._holder)
 
     def why_not(self, node_id: int, client: object) -> str | None:
         """Why this node can't be client number ``client``, or None."""

@@ -2,8 +2,11 @@
 
 ``identity.json`` is the device's name and secret. Each federation has a folder of its own, so that a
 model is never overwritten by another run: ``manifest.json`` names, with their SHA-256, the files that
-hold the records of ``Context.state`` and the last reply. A commit writes what changed, then replaces
-the manifest, which is the moment at which it counts.
+hold the records of ``Context.state`` and the replies of the last two rounds. A commit writes what
+changed, then replaces the manifest, which is the moment at which it counts.
+
+The replies are kept because a server that was killed repeats a round from its last checkpoint: what was
+done is told again from here, and not done again.
 """
 
 from __future__ import annotations
@@ -13,9 +16,11 @@ import hashlib
 import json
 import os
 import secrets
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from fedkit.durable import make_folder, write_json, write_whole
 from fedkit.errors import FedkitError
@@ -23,7 +28,9 @@ from fedkit.errors import FedkitError
 if TYPE_CHECKING:
     from flwr.app import RecordDict
 
-VERSION = 1
+VERSION = 2
+# The last checkpoint may be torn, and the one before it count: two rounds may be repeated.
+ROUNDS_KEPT = 2
 
 
 class InUse(FedkitError):
@@ -70,6 +77,21 @@ class StateDirectory:
             ) from error
         return identity
 
+    def set_aside(self) -> Path | None:
+        """Move everything kept for federations to a folder beside, and begin anew as the same device.
+
+        Returns:
+            where it is now; None if there was nothing.
+        """
+        kept = [entry for entry in self.path.iterdir() if (entry / "manifest.json").is_file()]
+        if not kept:
+            return None
+        aside = self.path / f"aside-{time.strftime('%Y-%m-%dT%H-%M-%S')}-{secrets.token_hex(2)}"
+        make_folder(aside)
+        for entry in kept:
+            entry.rename(aside / entry.name)
+        return aside
+
     def close(self) -> None:
         """Let another process have it."""
         self._lock.close()
@@ -88,12 +110,12 @@ def first_free(parent: Path, stem: str) -> StateDirectory:
 class FederationState:
     """What one client keeps for one federation."""
 
-    def __init__(self, folder: Path, owner: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, owner: dict[str, Any] | None) -> None:
         """Open the folder, or begin it.
 
         Args:
             folder: ``STATE_DIR/FEDERATION``.
-            owner: model and shard; a folder of another owner is refused.
+            owner: model and shard; a folder of another owner is refused. None: only to be read.
 
         Raises:
             FedkitError: it belongs to another model or shard, or is damaged.
@@ -104,8 +126,8 @@ class FederationState:
         self._kept: dict[str, Any] = {}
         self._files: dict[str, str] = {}
         self._commits = 0
+        self._replies: dict[str, tuple[str, int]] = {}
         self.last_key: str | None = None
-        self.last_reply: bytes | None = None
         self._manifest = self._read_manifest()
 
     @property
@@ -113,55 +135,93 @@ class FederationState:
         """Whether anything was kept before."""
         return self.last_key is not None
 
+    @property
+    def files(self) -> dict[str, str]:
+        """The records that are kept, and the file that holds each."""
+        return dict(self._files)
+
+    @property
+    def last_round(self) -> int | None:
+        """The round of the last instruction that was kept; None if that is not known."""
+        return self._replies[self.last_key][1] or None if self.last_key in self._replies else None
+
     def restore(self, state: RecordDict) -> None:
         """Put what was kept back into a context's state."""
-        from fedkit.flower import decode_records
-
-        for name, file in self._files.items():
-            try:
-                state[name] = decode_records(self._read(file))[name]
-            except (ValueError, KeyError, TypeError) as error:
-                raise FedkitError(f"{self.folder / file} is damaged: {error}.") from error
+        for name in self._files:
+            state[name] = self.record(name)
             self._kept[name] = _mark(state, name)
 
-    def commit(self, key: str, reply: Sequence[bytes], state: RecordDict) -> None:
+    def record(self, name: str) -> Any:
+        """One record as it was kept; ``FedkitError`` if its file is damaged."""
+        from fedkit.flower import decode_records
+
+        file = self._files[name]
+        try:
+            return decode_records(self._read(file))[name]
+        except (ValueError, KeyError, TypeError) as error:
+            raise FedkitError(f"{self.folder / file} is damaged: {error}.") from error
+
+    def reply_to(self, key: str) -> list[bytes] | None:
+        """What was answered to instruction ``key``, if that is kept.
+
+        Raises:
+            FedkitError: its file is damaged.
+        """
+        if key not in self._replies:
+            return None
+        from fedkit.flower import from_file
+
+        file = self._replies[key][0]
+        try:
+            return from_file(self._read(file))
+        except ValueError as error:
+            raise FedkitError(f"{self.folder / file} is damaged: {error}.") from error
+
+    def commit(self, key: str, reply: Sequence[bytes], state: RecordDict, round: int = 0) -> None:
         """Keep the state and the reply to instruction ``key``, both or neither.
 
-        An instruction that changed nothing needs no commit: doing it again gives the same.
+        Joining (round 0) needs no commit where it changed nothing: doing it again gives the same.
 
         Raises:
             FedkitError: it can't be written; what was kept before still counts.
         """
         from flwr.app import RecordDict
 
-        from fedkit.flower import encode_records
+        from fedkit.flower import as_file, encode_records
 
         marks = {name: _mark(state, name) for name in state}
         changed = [name for name in state if self._kept.get(name) != marks[name]]
-        if not changed and marks.keys() == self._files.keys():
+        if not round and not changed and marks.keys() == self._files.keys():
             return
         self._commits += 1
         files = {name: file for name, file in self._files.items() if name in marks}
         written: dict[str, str] = {}
         for name in changed:
-            file = f"{self._commits:08d}-{name}.records"
+            file = f"{self._commits:08d}-{quote(name, safe='')}.records"
             written[file] = self._write(file, encode_records(RecordDict({name: state[name]})))
             files[name] = file
         reply_file = f"{self._commits:08d}.reply"
-        written[reply_file] = self._write(reply_file, reply)
+        written[reply_file] = self._write(reply_file, as_file(reply))
+        replies = {
+            old: (file, at)
+            for old, (file, at) in self._replies.items()
+            if at > round - ROUNDS_KEPT and old != key
+        }
+        replies[key] = reply_file, round
         sums = {**self._manifest.get("sha256", {}), **written}
-        used = {*files.values(), reply_file}
+        used = {*files.values(), *(file for file, _ in replies.values())}
         manifest = {
             "version": VERSION,
             "owner": self._owner,
             "commit": self._commits,
             "key": key,
-            "reply": reply_file,
+            "replies": replies,
             "records": files,
             "sha256": {file: sums[file] for file in sorted(used)},
         }
-        write_json(self.folder / "manifest.json", manifest)
+        write_json(self.folder / "manifest.json", {**manifest, "checksum": _checksum(manifest)})
         self._manifest, self._files, self._kept = manifest, files, marks
+        self._replies, self.last_key = replies, key
         self._sweep(used)
 
     def _read_manifest(self) -> dict[str, Any]:
@@ -172,23 +232,20 @@ class FederationState:
             manifest: dict[str, Any] = json.loads(file.read_text())
             version, owner = manifest["version"], manifest["owner"]
             self._files, self._commits = dict(manifest["records"]), int(manifest["commit"])
-            sums = {**self._files, **manifest["sha256"]}
-            if not all(isinstance(word, str) for pair in sums.items() for word in pair):
-                raise ValueError("it names no files")
+            if version != VERSION:
+                raise FedkitError(f"{file} was written by another version of fedkit.")
+            if manifest.pop("checksum") != _checksum(manifest):
+                raise ValueError("its checksum is wrong")
             self.last_key = str(manifest["key"])
-            reply_file = str(manifest["reply"])
-        except (ValueError, KeyError, TypeError) as error:
+            self._replies = {key: (name, at) for key, (name, at) in manifest["replies"].items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise FedkitError(f"{file} is damaged: {error}.") from error
-        if version != VERSION:
-            raise FedkitError(f"{file} was written by another version of fedkit.")
-        if owner != self._owner:
+        if self._owner is not None and owner != self._owner:
             raise FedkitError(
                 f"{self.folder} holds the state of {_owner_text(owner)} in this federation, not of "
-                f"{_owner_text(self._owner)}: start the client as before, or give another "
-                "--state-dir."
+                f"{_owner_text(self._owner)}: start the client as before, give another --state-dir, "
+                "or --reset-state, which moves it aside."
             )
-        self._manifest = manifest
-        self.last_reply = self._read(reply_file)
         return manifest
 
     def _write(self, file: str, buffers: Sequence[bytes]) -> str:
@@ -232,6 +289,11 @@ def _mark(state: RecordDict, name: str) -> Any:
     if name in state.array_records:
         return _Identity(record)
     return sorted((key, repr(value)) for key, value in record.items())
+
+
+def _checksum(manifest: dict[str, Any]) -> str:
+    text = json.dumps(manifest, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _owner_text(owner: Any) -> str:

@@ -19,16 +19,27 @@ import grpc
 
 from fedkit.errors import FedkitError, error_of
 from fedkit.link.channel import client_options
-from fedkit.link.frames import METHOD, PROTOCOL, Assembler, FrameError, Kind, frame, message_frames
+from fedkit.link.frames import (
+    METHOD,
+    PROTOCOL,
+    Assembler,
+    FrameError,
+    Kind,
+    Parcel,
+    frame,
+    message_frames,
+)
 from fedkit.link.frames import parse as parse_frame
 
 FIRST_PAUSE_S = 0.2
-LONGEST_PAUSE_S = 5.0
+LONGEST_PAUSE_S = 10.0
 GOODBYE_WAIT_S = 3.0
+TRIES = 4
 _log = logging.getLogger(__name__)
 
 Buffers = Sequence[bytes]
-Outbox: TypeAlias = "queue.SimpleQueue[tuple[str, Buffers] | None]"
+Outbox: TypeAlias = "queue.SimpleQueue[tuple[str, Parcel] | bytes | None]"
+Credentials = Callable[[], "grpc.ChannelCredentials | None"]
 
 
 @dataclass(frozen=True)
@@ -39,7 +50,7 @@ class Answer:
     fatal: FedkitError | None = None
 
 
-Work = Callable[[str, bytearray], Answer]
+Work = Callable[[str, list[bytes]], Answer]
 Welcomed = Callable[[dict[str, Any]], None]
 
 
@@ -52,7 +63,15 @@ class LinkClient:
     """
 
     def __init__(
-        self, address: str, hello: dict[str, Any], *, max_wait: float, on_welcome: Welcomed
+        self,
+        address: str,
+        hello: dict[str, Any],
+        *,
+        max_wait: float,
+        on_welcome: Welcomed,
+        patience: float | None = None,
+        credentials: Credentials = lambda: None,
+        explain: Callable[[str], str | None] = lambda details: None,
     ) -> None:
         """A client that is not connected yet.
 
@@ -61,17 +80,24 @@ class LinkClient:
             hello: who this client is: identity, secret, name, config.
             max_wait: seconds to go on trying while the server can't be reached.
             on_welcome: takes the server's welcome, at each connection.
+            patience: the same once it has been welcomed; None takes ``max_wait``.
+            credentials: gives those for TLS, anew at each connection; None for plaintext.
+            explain: says in a sentence what gRPC's details of a failed connection mean, if it knows.
         """
         self._address = address
         # The session tells this process, coming back, from another one with the same identity.
         self._hello = {**hello, "protocol": PROTOCOL, "session": secrets.token_hex(8)}
         self._max_wait = max_wait
+        self._patience = max_wait if patience is None else patience
         self._on_welcome = on_welcome
+        self._credentials = credentials
+        self._explain_details = explain
         self._inbox: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
         self._outbox: Outbox = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._known: set[str] = set()
-        self._last: tuple[str, Buffers] | None = None
+        self._withdrawn: set[str] = set()
+        self._last: tuple[str, Parcel] | None = None
         self._over = threading.Event()
 
     def run(self, work: Work) -> str:
@@ -101,31 +127,51 @@ class LinkClient:
             elif what == "error":
                 raise value
             elif not self._over.is_set():  # nobody waits for an answer after the goodbye
-                key, data = value
-                answer = work(key, data)
-                self._answer(key, answer.buffers)
-                if answer.fatal is not None:
-                    raise answer.fatal
+                self._work(work, *value)
         if not goodbye.get("ok", True):
             raise FedkitError(str(goodbye.get("reason", "")))
         return str(goodbye.get("reason", ""))
 
-    def _answer(self, key: str, buffers: Buffers) -> None:
+    def _work(self, work: Work, key: str, buffers: list[bytes]) -> None:
         with self._lock:
-            self._last = key, buffers
+            if key in self._withdrawn:
+                # Its time was up before it began: what comes next is worth more.
+                self._withdrawn.discard(key)
+                self._known.discard(key)
+                return
+        answer = work(key, buffers)
+        parcel = Parcel.of(answer.buffers)
+        with self._lock:
+            self._last = key, parcel
             self._known.discard(key)
-            self._outbox.put((key, buffers))
+            if key in self._withdrawn:
+                self._withdrawn.discard(key)
+                _log.warning("The answer to %s was not ready in time and does not count.", key)
+            else:
+                self._outbox.put((key, parcel))
+        if answer.fatal is not None:
+            raise answer.fatal
 
-    def _instructed(self, key: str, data: bytearray) -> None:
+    def _instructed(self, key: str, buffers: list[bytes] | None) -> None:
+        assert buffers is not None, "a client holds all that it is sent"
         with self._lock:
+            self._withdrawn.discard(key)
             if self._last is not None and self._last[0] == key:
                 self._outbox.put(self._last)
             elif key not in self._known:
                 self._known.add(key)
-                self._inbox.put(("instruction", (key, data)))
+                self._inbox.put(("instruction", (key, buffers)))
+
+    def _withdraw(self, key: str) -> None:
+        with self._lock:
+            if key in self._known:
+                self._withdrawn.add(key)
+            else:
+                _log.warning("The answer to %s came too late, and does not count.", key)
 
     def _stay_connected(self) -> None:
         pause, unreachable_since = FIRST_PAUSE_S, time.monotonic()
+        patience, failures, came_in = self._max_wait, 0, False
         while not self._over.is_set():
             try:
                 self._session()
@@ -135,14 +181,20 @@ class LinkClient:
                     return
                 if broken.welcomed:
                     pause, unreachable_since = FIRST_PAUSE_S, time.monotonic()
+                    patience, failures, came_in = self._patience, 0, True
                     _log.warning("The link to %s broke: connecting again.", self._address)
-                elif time.monotonic() - unreachable_since + pause > self._max_wait:
-                    word = FedkitError(self._final_word(broken.details))
-                    self._inbox.put(("error", word))
-                    return
                 else:
+                    failures += 1
+                    explained = self._explain_details(broken.details)
+                    # What is wrong from the start, and again and again, is wrong for good.
+                    hopeless = explained and not came_in and failures >= TRIES
+                    if hopeless or time.monotonic() - unreachable_since + pause > patience:
+                        word = explained or self._final_word(broken.details, patience)
+                        self._inbox.put(("error", FedkitError(word)))
+                        return
                     _log.info("No answer from %s, trying again: %s", self._address, broken.details)
-                self._over.wait(pause * random.uniform(0.8, 1.2))
+                # With jitter, so that a thousand clients do not come back at the same instant.
+                self._over.wait(pause * random.uniform(0.5, 1.5))
                 pause = min(2 * pause, LONGEST_PAUSE_S)
             except FedkitError as error:
                 self._inbox.put(("error", error))
@@ -160,7 +212,7 @@ class LinkClient:
             self._outbox = outbox
             if self._over.is_set():
                 return
-        with grpc.insecure_channel(self._address, options=client_options(self._address)) as channel:
+        with self._channel() as channel:
             open_stream: Any = channel.stream_stream(METHOD)
             call = open_stream(self._requests(outbox))
             try:
@@ -169,10 +221,20 @@ class LinkClient:
                 outbox.put(None)
                 call.cancel()
 
+    def _channel(self) -> grpc.Channel:
+        # Read anew each time: a renewed certificate is used without a restart.
+        credentials, options = self._credentials(), client_options(self._address)
+        if credentials is None:
+            return grpc.insecure_channel(self._address, options=options)
+        return grpc.secure_channel(self._address, credentials, options=options)
+
     def _requests(self, outbox: Outbox) -> Iterator[bytes]:
         yield frame(Kind.HELLO, self._hello)
         while (item := outbox.get()) is not None:
-            yield from message_frames(*item)
+            if isinstance(item, bytes):
+                yield item
+            else:
+                yield from message_frames(*item)
         yield frame(Kind.LEAVE)
 
     def _read(self, call: Any) -> None:
@@ -185,9 +247,13 @@ class LinkClient:
                     welcomed = True
                     self._inbox.put(("welcome", head))
                 elif kind is Kind.MESSAGE:
-                    complete = assembler.begin(head)
+                    complete = assembler.begin(head, body)
                 elif kind is Kind.CHUNK:
                     complete = assembler.add(body)
+                elif kind is Kind.PROBE:
+                    self._outbox.put(frame(Kind.HERE))
+                elif kind is Kind.WITHDRAW:
+                    self._withdraw(str(head.get("key")))
                 elif kind is Kind.BYE:
                     self._over.set()
                     self._inbox.put(("bye", head))
@@ -220,8 +286,8 @@ class LinkClient:
         exit_code = 2 if code is grpc.StatusCode.INVALID_ARGUMENT else 1
         return error_of(exit_code, details)
 
-    def _final_word(self, details: str) -> str:
-        where, tried = self._address, f"tried for {self._max_wait:g} seconds"
+    def _final_word(self, details: str, patience: float) -> str:
+        where, tried = self._address, f"tried for {patience:g} seconds"
         if any(word in details for word in ("http1", "Socket closed", "HTTP", "preface", "frame")):
             return f"What listens at {where} does not speak gRPC ({tried}): check --server."
         if "DNS" in details or "resol" in details:

@@ -1,11 +1,13 @@
 """Frames: what one gRPC message of a session holds.
 
 A frame is a kind (1 byte), the length of a JSON head (4 bytes), the head, and a body. A Flower message
-travels as one ``MESSAGE`` frame (its key, size and checksum) followed by ``CHUNK`` frames of at most
-1 MiB, so that any size passes and neither side's gRPC limit is ever met.
+travels as a parcel: one ``MESSAGE`` frame (its key, and the size and checksum of each of its buffers)
+that carries the first MiB, and as many ``CHUNK`` frames as the rest needs; so any size passes, and
+neither side's gRPC limit is ever met.
 
-    client -> server   HELLO, then MESSAGE + CHUNKs (replies), then LEAVE if it goes on purpose
-    server -> client   WELCOME, then MESSAGE + CHUNKs (instructions), then BYE when the run is over
+    client -> server   HELLO, then parcels (replies), HERE when probed, LEAVE if it goes on purpose
+    server -> client   WELCOME, then parcels (instructions), WITHDRAW for a reply that nobody waits for
+                       any more, PROBE to learn whether it lives, BYE when the run is over
 """
 
 from __future__ import annotations
@@ -14,16 +16,21 @@ import json
 import struct
 import zlib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any
+from functools import cached_property
+from io import BytesIO
+from typing import Any, TypeAlias
 
-PROTOCOL = 1
+PROTOCOL = 2
 METHOD = "/fedkit.Link/Session"
 CHUNK_BYTES = 1 << 20
 MAX_HEAD_BYTES = 1 << 20
 MAX_FRAME_BYTES = CHUNK_BYTES + MAX_HEAD_BYTES + 16
 MAX_MESSAGE_BYTES = 1 << 34
+MAX_BUFFERS = 1 << 15
 _PREFIX = struct.Struct(">BI")
+Complete: TypeAlias = tuple[str, list[bytes] | None]
 
 
 class Kind(IntEnum):
@@ -35,10 +42,39 @@ class Kind(IntEnum):
     CHUNK = 4
     LEAVE = 5
     BYE = 6
+    WITHDRAW = 7
+    PROBE = 8
+    HERE = 9
 
 
 class FrameError(ValueError):
     """The other side sent something that is no part of a session."""
+
+
+@dataclass(frozen=True)
+class Parcel:
+    """The buffers of one message, with a CRC-32 of each.
+
+    What several messages share (the arrays of a broadcast) is summed once: ``with_head`` puts another
+    first buffer in front.
+    """
+
+    buffers: tuple[bytes, ...]
+    sums: tuple[int, ...]
+
+    @classmethod
+    def of(cls, buffers: Sequence[bytes]) -> Parcel:
+        """A parcel of ``buffers``, which are not copied."""
+        return cls(tuple(buffers), tuple(map(zlib.crc32, buffers)))
+
+    def with_head(self, head: bytes) -> Parcel:
+        """The same buffers behind one more."""
+        return Parcel((head, *self.buffers), (zlib.crc32(head), *self.sums))
+
+    @cached_property
+    def size(self) -> int:
+        """Bytes of all buffers."""
+        return sum(map(len, self.buffers))
 
 
 def frame(kind: Kind, head: dict[str, Any] | None = None, body: bytes = b"") -> bytes:
@@ -66,81 +102,112 @@ def parse(data: bytes) -> tuple[Kind, dict[str, Any], memoryview]:
     return kind, head, memoryview(data)[_PREFIX.size + length :]
 
 
-def message_frames(key: str, buffers: Sequence[bytes]) -> Iterator[bytes]:
-    """A message, given as buffers, as frames made one at a time."""
-    checksum = 0
-    for buffer in buffers:
-        checksum = zlib.crc32(buffer, checksum)
-    size = sum(len(buffer) for buffer in buffers)
-    yield frame(Kind.MESSAGE, {"key": key, "size": size, "crc": checksum})
-    parts: list[memoryview] = []
-    filled = 0
-    for buffer in buffers:
+def message_frames(key: str, parcel: Parcel) -> Iterator[bytes]:
+    """A message as frames made one at a time."""
+    head = {"key": key, "sizes": list(map(len, parcel.buffers)), "sums": parcel.sums}
+    text = json.dumps(head).encode()
+    parts: list[bytes | memoryview] = [_PREFIX.pack(Kind.MESSAGE, len(text)), text]
+    room = CHUNK_BYTES
+    for buffer in parcel.buffers:
         view = memoryview(buffer)
         while len(view):
-            piece = view[: CHUNK_BYTES - filled]
+            if not room:
+                yield b"".join(parts)
+                parts, room = [_PREFIX.pack(Kind.CHUNK, 0)], CHUNK_BYTES
+            piece = view[:room]
             parts.append(piece)
-            filled += len(piece)
+            room -= len(piece)
             view = view[len(piece) :]
-            if filled == CHUNK_BYTES:
-                yield b"".join((_PREFIX.pack(Kind.CHUNK, 0), *parts))
-                parts, filled = [], 0
-    if filled:
-        yield b"".join((_PREFIX.pack(Kind.CHUNK, 0), *parts))
+    yield b"".join(parts)
 
 
 class Assembler:
-    """Puts the frames of one direction together again, one message at a time."""
+    """Puts the parcels of one direction together again, one at a time."""
 
-    def __init__(self) -> None:
+    def __init__(self, limit: int = MAX_MESSAGE_BYTES) -> None:
+        """``limit``: the largest message that is taken, in bytes."""
+        self._limit = limit
         self._key: str | None = None
         self._keep = True
-        self._size = 0
+        self._sizes: list[int] = []
+        self._sums: list[int] = []
+        self._parts: list[bytes] = []
+        self._open = BytesIO()
         self._came = 0
-        self._checksum = 0
         self._sum = 0
-        self._data = bytearray()
 
-    def begin(self, head: dict[str, Any], *, keep: bool = True) -> tuple[str, bytearray] | None:
-        """Take a MESSAGE frame; an empty message is complete at once.
+    def begin(
+        self, head: dict[str, Any], body: memoryview, *, keep: bool = True
+    ) -> Complete | None:
+        """Take a MESSAGE frame; gives key and buffers if the message is complete with it.
 
-        Without ``keep`` the message is counted and checked but not held: nobody waits for it.
+        Without ``keep`` the message is counted but not held, since nobody waits for it: there are no
+        buffers at its end.
 
         Raises:
             FrameError: a message is under way already, or the head says nonsense.
         """
-        key, size, checksum = head.get("key"), head.get("size"), head.get("crc")
+        key, sizes, sums = head.get("key"), head.get("sizes"), head.get("sums")
         if self._key is not None:
             raise FrameError("a message begins before the last one ended")
-        if not (isinstance(key, str) and isinstance(size, int) and isinstance(checksum, int)):
-            raise FrameError("a message begins without key, size and checksum")
-        if not 0 <= size <= MAX_MESSAGE_BYTES:
-            raise FrameError(f"a message of {size} bytes is beyond the limit")
+        if not (isinstance(key, str) and _numbers(sizes) and _numbers(sums)):
+            raise FrameError("a message begins without key, sizes and checksums")
+        assert isinstance(sizes, list) and isinstance(sums, list)
+        if len(sizes) != len(sums) or len(sizes) > MAX_BUFFERS:
+            raise FrameError(f"a message has {len(sizes)} buffers and {len(sums)} checksums")
+        if sum(sizes) > self._limit:
+            raise FrameError(f"a message of {sum(sizes)} bytes is beyond the limit {self._limit}")
         # Memory grows with what really comes, not with what was announced.
-        self._key, self._size, self._checksum, self._data = key, size, checksum, bytearray()
-        self._keep, self._came, self._sum = keep, 0, 0
-        return self._finish() if size == 0 else None
+        self._key, self._sizes, self._sums, self._keep = key, sizes, sums, keep
+        self._parts, self._open, self._came, self._sum = [], BytesIO(), 0, 0
+        return self._take(body)
 
-    def add(self, body: memoryview) -> tuple[str, bytearray] | None:
-        """Take a CHUNK frame; gives key and bytes when the message is complete.
+    def add(self, body: memoryview) -> Complete | None:
+        """Take a CHUNK frame; gives key and buffers when the message is complete.
 
         Raises:
-            FrameError: nothing is under way, it is too long, or the checksum differs.
+            FrameError: nothing is under way, it is too long, or a checksum differs.
         """
         if self._key is None:
             raise FrameError("a chunk came without a message")
-        if not len(body) or self._came + len(body) > self._size:
-            raise FrameError("a message is longer than it said")
-        self._came += len(body)
-        self._sum = zlib.crc32(body, self._sum)
-        if self._keep:
-            self._data += body
-        return self._finish() if self._came == self._size else None
+        if not len(body):
+            raise FrameError("a chunk is empty")
+        return self._take(body)
 
-    def _finish(self) -> tuple[str, bytearray]:
-        key, data = self._key, self._data
-        if self._sum != self._checksum:
-            raise FrameError("a message's checksum is wrong")
-        self._key, self._data = None, bytearray()
+    def drop(self, key: str) -> None:
+        """Hold no more of the message with that key, if it is under way: nobody waits for it now."""
+        if self._key == key:
+            self._keep = False
+            self._parts = [b""] * len(self._parts)
+            self._open = BytesIO()
+
+    def _take(self, body: memoryview) -> Complete | None:
+        while len(self._parts) < len(self._sizes):
+            size = self._sizes[len(self._parts)]
+            piece = body[: size - self._came]
+            if not len(piece) and size:
+                return None
+            body = body[len(piece) :]
+            self._came += len(piece)
+            if self._keep:
+                self._sum = zlib.crc32(piece, self._sum)
+                self._open.write(piece)
+            if self._came == size:
+                self._end_buffer()
+        if len(body):
+            raise FrameError("a message is longer than it said")
+        key, parts = self._key, self._parts
         assert key is not None
-        return key, data
+        self._key, self._parts = None, []
+        return key, parts if self._keep else None
+
+    def _end_buffer(self) -> None:
+        if self._keep and self._sum != self._sums[len(self._parts)]:
+            raise FrameError("a message's checksum is wrong")
+        # BytesIO gives what it holds without copying it.
+        self._parts.append(self._open.getvalue())
+        self._open, self._came, self._sum = BytesIO(), 0, 0
+
+
+def _numbers(values: Any) -> bool:
+    return isinstance(values, list) and all(type(v) is int and v >= 0 for v in values)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import secrets
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator
 
 from flwr.app import Message, RecordDict
@@ -12,27 +14,44 @@ from flwr.supercore.run import Run
 
 from fedkit.flower import (
     decode_message,
-    encode_message,
+    encode_content,
+    encode_envelope,
     error_reply,
     set_message_id,
     unavailable_reply,
 )
+from fedkit.link.frames import Parcel
 from fedkit.link.node import Lost
 from fedkit.link.server import LinkServer
+from fedkit.link.spool import Reply
+
+# Contents that may be sent to further clients: one for each codec that they know.
+CONTENTS_KEPT = 4
 
 
 class LinkGrid(Grid):
     """Messages by key over a ``LinkServer``.
 
-    A key names an instruction for good: federation, round, exchange, client, and a counter.
+    A key names an instruction for good: federation, round, kind, client, and which of that kind it is
+    in the round. A round that is repeated, by this process or by one that goes on from a checkpoint,
+    gives the same keys; a client that has done its part then answers from memory.
     """
 
     def __init__(self, link: LinkServer, federation: str) -> None:
         """A grid over ``link``, in the federation of that id."""
         self._link = link
         self._federation = federation
-        self._counter = itertools.count(1)
+        # What belongs to no round (joining) is asked anew by each process.
+        self._process = secrets.token_hex(4)
+        self._questions = itertools.count(1)
+        self._in_round: Counter[str] = Counter()
+        self._encoded: dict[tuple[int, ...], tuple[RecordDict, bytes, Parcel]] = {}
         self._sent: dict[str, Message] = {}
+
+    def begin_round(self) -> None:
+        """A round begins, or begins again."""
+        self._in_round.clear()
+        self._encoded.clear()
 
     @property
     def run(self) -> Run:
@@ -59,7 +78,7 @@ class LinkGrid(Grid):
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Send messages, taking them from the iterable one at a time; gives their keys."""
-        return [self._push(message) for message in messages]
+        return [self._push(message, None) for message in messages]
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """The replies that have come to some keys; does not wait."""
@@ -74,7 +93,7 @@ class LinkGrid(Grid):
         A client that is gone is answered for by an error. At the timeout the rest is given up.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
-        keys = list(self.push_messages(messages))
+        keys = [self._push(message, deadline) for message in messages]
         return self._in_order(keys, deadline)
 
     def dismiss(self, node_id: int, sentence: str) -> None:
@@ -82,7 +101,7 @@ class LinkGrid(Grid):
         self._link.dismiss(node_id, sentence)
 
     def _in_order(self, keys: list[str], deadline: float | None) -> Iterator[Message]:
-        waiting, early = set(keys), dict[str, bytearray | Lost]()
+        waiting, early = set(keys), dict[str, Reply | Lost]()
         for key in keys:
             while key in waiting:
                 came = self._link.take(waiting, deadline)
@@ -95,23 +114,42 @@ class LinkGrid(Grid):
                 early |= came
             yield self._reply(key, early.pop(key))
 
-    def _push(self, message: Message) -> str:
+    def _push(self, message: Message, deadline: float | None) -> str:
         meta = message.metadata
-        name = f"{meta.group_id}/{meta.message_type}/{meta.dst_node_id}"
-        key = f"{self._federation}/{name}/{next(self._counter)}"
+        key = self._key(message)
         set_message_id(message, key)
-        buffers = encode_message(message)
+        description, arrays = self._encode(message.content)
+        parcel = arrays.with_head(encode_envelope(message) + description)
         message.content = RecordDict()  # only the envelope is needed from here on
         self._sent[key] = message
-        self._link.send(meta.dst_node_id, key, buffers, account=meta.message_type)
+        self._link.send(meta.dst_node_id, key, parcel, meta.message_type, deadline)
         return key
 
-    def _reply(self, key: str, data: bytearray | Lost) -> Message:
+    def _key(self, message: Message) -> str:
+        meta = message.metadata
+        name = f"{self._federation}/{meta.group_id}/{meta.message_type}/{meta.dst_node_id}"
+        if meta.group_id in ("", "0"):
+            return f"{name}/{self._process}-{next(self._questions)}"
+        self._in_round[name] += 1
+        return f"{name}/{self._in_round[name]}"
+
+    def _encode(self, content: RecordDict) -> tuple[bytes, Parcel]:
+        """Description and arrays, made and summed once where several clients get the same."""
+        mark = (id(content), *map(id, content.values()))
+        if mark not in self._encoded:
+            description, *arrays = encode_content(content)
+            while len(self._encoded) >= CONTENTS_KEPT:
+                del self._encoded[next(iter(self._encoded))]
+            # With the content itself, whose id must not pass to another meanwhile.
+            self._encoded[mark] = content, description, Parcel.of(arrays)
+        return self._encoded[mark][1:]
+
+    def _reply(self, key: str, result: Reply | Lost) -> Message:
         sent = self._sent.pop(key)
-        if isinstance(data, Lost):
-            return unavailable_reply(sent, data.reason)
+        if isinstance(result, Lost):
+            return unavailable_reply(sent, result.reason)
         try:
-            reply = decode_message(data)
+            reply = decode_message(result.take())
         except ValueError as error:
             return error_reply(sent, f"its reply can't be read: {error}")
         if reply.has_error():

@@ -8,12 +8,10 @@ again and answers from memory if it has done it already (at-least-once, with ide
 from __future__ import annotations
 
 import asyncio
-import hmac
-import logging
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -21,45 +19,81 @@ import grpc.aio
 
 from fedkit.errors import FedkitError
 from fedkit.link.channel import SERVER_OPTIONS
-from fedkit.link.frames import METHOD, PROTOCOL, Assembler, FrameError, Kind, frame, message_frames
+from fedkit.link.frames import MAX_MESSAGE_BYTES, METHOD, PROTOCOL, FrameError, Kind, Parcel
 from fedkit.link.frames import parse as parse_frame
-from fedkit.link.node import Instruction, Lost, Node, Refusal
+from fedkit.link.ledger import Ledger
+from fedkit.link.node import Guard, Lost, Node, Refusal, hashed
+from fedkit.link.session import Session
+from fedkit.link.spool import Reply
 
-_log = logging.getLogger(__name__)
-RECONNECT_GRACE_S = 8.0
+RECONNECT_GRACE_S = 10.0
 HELLO_WAIT_S = 10.0
-TRANSFERS_IN_FLIGHT = 64
-
+PROBE_WAIT_S = 5.0
+TOKEN_CHECK_S = 5.0
+# Streams that have not greeted yet.
+GREETING_AT_ONCE, GREETING_PER_PEER = 1024, 256
 
 Greet = Callable[[dict[str, Any], int], dict[str, Any]]
 Part = Callable[[int], None]
+Register = Callable[[grpc.aio.Server], None]
 
 
 class LinkServer:
     """Listens, holds the clients' streams, and carries keyed messages to and fro."""
 
-    def __init__(self, greet: Greet, part: Part) -> None:
+    def __init__(
+        self,
+        greet: Greet,
+        part: Part,
+        *,
+        credentials: grpc.ServerCredentials | None = None,
+        guard: Guard | None = None,
+        nodes: Iterable[Node] = (),
+        services: Sequence[Register] = (),
+        grace: float = RECONNECT_GRACE_S,
+        limit: int = MAX_MESSAGE_BYTES,
+        spool_folder: Path | None = None,
+    ) -> None:
         """A server that is not listening yet.
 
         Args:
             greet: ``(hello, node_id) -> welcome``, or raises ``Refusal``; called on the loop.
             part: told when a node is gone for good (it left, or did not come back in time).
+            credentials: for TLS; without, everything travels in the clear.
+            guard: who may come in at all; without, everybody.
+            nodes: those of a federation that goes on, by their identity the same again.
+            services: further gRPC services to serve on the same port.
+            grace: seconds that a client whose connection ended has to come back.
+            limit: the largest message that is taken, in bytes.
+            spool_folder: where early replies wait that are too much for memory.
         """
         self._greet = greet
         self._part = part
-        self._lock = threading.Condition()
-        self._nodes: dict[int, Node] = {}
-        self._by_identity: dict[str, Node] = {}
-        self._results: dict[str, bytearray | Lost] = {}
-        self._transfers = threading.BoundedSemaphore(TRANSFERS_IN_FLIGHT)
-        self._holding: set[str] = set()
-        self._ended_well = True
+        self._credentials = credentials
+        self._guard = guard
+        self._services = services
+        self._grace = grace
+        self._limit = limit
+        self._ledger = Ledger(nodes, spool_folder)
+        self._greeting: Counter[str] = Counter()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="link", daemon=True)
         self._server: grpc.aio.Server | None = None
-        # What the link really carried, by the account that ``send`` named.
-        self.bytes_received: Counter[str] = Counter()
-        self.bytes_sent: Counter[str] = Counter()
+
+    @property
+    def bytes_sent(self) -> Counter[str]:
+        """What the link really carried to clients, by the account that ``send`` named."""
+        return self._ledger.bytes_sent
+
+    @property
+    def bytes_received(self) -> Counter[str]:
+        """What it really carried from clients, for replies that counted."""
+        return self._ledger.bytes_received
+
+    @property
+    def outcomes(self) -> Counter[str]:
+        """How many replies were answered, lost, late, duplicate or unasked; greetings refused."""
+        return self._ledger.outcomes
 
     def listen(self, address: str) -> str:
         """Bind and serve; returns the address with the port that was taken.
@@ -70,122 +104,126 @@ class LinkServer:
         self._thread.start()
         return asyncio.run_coroutine_threadsafe(self._listen(address), self._loop).result()
 
+    def nodes(self) -> list[Node]:
+        """All nodes that ever joined, in order of their first join."""
+        return self._ledger.nodes()
+
     def node_ids(self) -> list[int]:
         """The nodes that are connected now or may still come back, in order of their first join."""
-        with self._lock:
-            return [node.node_id for node in self._nodes.values() if node.here]
+        return self._ledger.present()
 
-    def send(self, node_id: int, key: str, buffers: Sequence[bytes], account: str = "") -> None:
+    def send(
+        self,
+        node_id: int,
+        key: str,
+        parcel: Parcel | Sequence[bytes],
+        account: str = "",
+        deadline: float | None = None,
+    ) -> None:
         """Queue an instruction; waits while too many transfers are under way (back-pressure).
 
         Args:
             node_id: who gets it.
             key: what it and its reply are known by.
-            buffers: its bytes.
+            parcel: its bytes.
             account: on which its bytes and its reply's are counted.
+            deadline: on the monotonic clock; if there is no room by then the client counts as lost.
         """
-        self._transfers.acquire()
-        with self._lock:
-            node = self._nodes.get(node_id)
-            if node is None or not node.here:
-                self._transfers.release()
-                self._settle(key, Lost("it is not connected"))
-                return
-            self._holding.add(key)
-            node.pending[key] = Instruction(buffers, account)
-            node.unsent.append(key)
-        self._loop.call_soon_threadsafe(node.wake.set)
+        parcel = parcel if isinstance(parcel, Parcel) else Parcel.of(parcel)
+        node = self._ledger.ask(node_id, key, parcel, account, deadline)
+        if node is not None:
+            self._loop.call_soon_threadsafe(_wake, node)
 
-    def take(self, keys: Iterable[str], deadline: float | None) -> dict[str, bytearray | Lost]:
-        """Replies to some of ``keys``: at least one, unless the monotonic ``deadline`` has passed."""
-        keys = list(keys)
-        with self._lock:
-            while True:
-                found = {k: self._results.pop(k) for k in keys if k in self._results}
-                left = None if deadline is None else deadline - time.monotonic()
-                if found or (left is not None and left <= 0):
-                    return found
-                self._lock.wait(left)
+    def take(self, keys: Iterable[str], deadline: float | None) -> dict[str, Reply | Lost]:
+        """Results for some of ``keys``: at least one, unless the monotonic deadline has passed."""
+        return self._ledger.take(set(keys), deadline)
 
     def withdraw(self, keys: Iterable[str]) -> None:
-        """Expect no more replies to ``keys``; one that comes later is dropped."""
-        with self._lock:
-            gone = set(keys)
-            for node in self._nodes.values():
-                for key in gone & node.pending.keys():
-                    self._forget(node, key)
-            for key in gone:
-                self._results.pop(key, None)
+        """Expect no more replies to ``keys``; the clients are told, a late reply is dropped."""
+        for session, key in self._ledger.withdraw(set(keys)):
+            self._loop.call_soon_threadsafe(session.withdraw, key)
 
     def dismiss(self, node_id: int, sentence: str) -> None:
         """End a client's session with a sentence; its process ends, too."""
-        refusal = Refusal(grpc.StatusCode.FAILED_PRECONDITION, sentence)
-        with self._lock:
-            node = self._nodes.get(node_id)
-            if node is None:
-                return
-            node.refusal = refusal
-        self._loop.call_soon_threadsafe(node.wake.set)
+        node = self._ledger.node(node_id)
+        if node is not None:
+            node.refusal = Refusal(grpc.StatusCode.FAILED_PRECONDITION, sentence)
+            self._loop.call_soon_threadsafe(_wake, node)
 
     def close(self, sentence: str, *, ok: bool = True) -> None:
         """Tell every client that the run is over (``ok``: as it should), and stop listening."""
-        self._ended_well = ok
-        asyncio.run_coroutine_threadsafe(self._close(sentence), self._loop).result()
+        asyncio.run_coroutine_threadsafe(self._close(sentence, ok), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
 
     async def _listen(self, address: str) -> str:
         self._server = grpc.aio.server(options=SERVER_OPTIONS)
-        handler: Any = grpc.stream_stream_rpc_method_handler(self._session)
+        handler: Any = grpc.stream_stream_rpc_method_handler(self._serve)
         _, service, method = METHOD.split("/")
         self._server.add_generic_rpc_handlers(
             (grpc.method_handlers_generic_handler(service, {method: handler}),)
         )
+        for register in self._services:
+            register(self._server)
         try:
-            port = self._server.add_insecure_port(address)
+            if self._credentials is None:
+                port = self._server.add_insecure_port(address)
+            else:
+                port = self._server.add_secure_port(address, self._credentials)
         except RuntimeError as error:
             raise FedkitError(
                 f"The server can't listen on {address}: another program uses that port, or the "
                 "address is not this machine's; choose another with --listen."
             ) from error
         await self._server.start()
+        self._loop.call_later(TOKEN_CHECK_S, self._check_tokens)
         return f"{address.rpartition(':')[0]}:{port}"
 
-    async def _close(self, sentence: str) -> None:
-        with self._lock:
-            nodes = list(self._nodes.values())
-        for node in nodes:
-            node.goodbye = sentence
-            node.wake.set()
+    async def _close(self, sentence: str, ok: bool) -> None:
+        for node in self._ledger.nodes():
+            node.goodbye = {"reason": sentence, "ok": ok}
+            _wake(node)
         assert self._server is not None
         # The streams end by themselves once the goodbye is read.
         await self._server.stop(grace=3.0)
 
-    async def _session(self, requests: Any, context: Any) -> None:
+    async def _serve(self, requests: Any, context: Any) -> None:
         try:
-            node, welcome = await self._receive_hello(context)
+            hello = await self._receive_hello(context)
+            node, session, welcome = await self._let_in(hello, context)
         except Refusal as refusal:
+            self._ledger.outcomes["refused"] += 1
             await context.abort(refusal.status, _details(refusal))
         try:
-            await context.write(frame(Kind.WELCOME, welcome))
-            await self._converse(node, context)
+            await session.run(welcome)
         finally:
-            self._disconnect(node)
+            if self._ledger.leave(node, session):
+                self._part(node.node_id)
+            elif node.lost_at is not None:
+                self._loop.call_later(self._grace, self._give_up, node, node.lost_at)
         if node.refusal is not None:
             await context.abort(node.refusal.status, _details(node.refusal))
 
-    async def _receive_hello(self, context: Any) -> tuple[Node, dict[str, Any]]:
-        bad = grpc.StatusCode.INVALID_ARGUMENT
+    async def _receive_hello(self, context: Any) -> dict[str, Any]:
+        """The greeting of a stream, which must come soon and be ours; else ``Refusal``."""
+        bad, peer = grpc.StatusCode.INVALID_ARGUMENT, str(context.peer()).rpartition(":")[0]
+        self._check_crowd(peer)
+        self._greeting[peer] += 1
         try:
-            first = await asyncio.wait_for(context.read(), HELLO_WAIT_S)
+            async with asyncio.timeout(HELLO_WAIT_S):
+                first = await context.read()
             if first is grpc.aio.EOF:
                 raise FrameError("the stream ended")
             kind, hello, _ = parse_frame(first)
         except TimeoutError:
-            raise Refusal(bad, "No greeting came within 10 seconds.") from None
+            raise Refusal(bad, f"No greeting came within {HELLO_WAIT_S:.0f} seconds.") from None
         except FrameError as error:
             raise Refusal(bad, f"The greeting is not fedkit's: {error}.") from None
+        finally:
+            self._greeting[peer] -= 1
+            if not self._greeting[peer]:
+                del self._greeting[peer]
         if kind is not Kind.HELLO or not isinstance(hello.get("identity"), str):
             raise Refusal(bad, "A session begins with a greeting.")
         if hello.get("protocol") != PROTOCOL:
@@ -194,169 +232,75 @@ class LinkServer:
                 f"This server speaks protocol {PROTOCOL} of fedkit's link, the client "
                 f"{hello.get('protocol')}: install the same version of fedkit on both.",
             )
-        return self._connect(hello)
+        return hello
 
-    def _connect(self, hello: dict[str, Any]) -> tuple[Node, dict[str, Any]]:
+    def _check_crowd(self, peer: str) -> None:
+        crowded = (
+            self._greeting.total() >= GREETING_AT_ONCE
+            or self._greeting[peer] >= GREETING_PER_PEER
+            or (self._guard is not None and not self._guard.allows(peer))
+        )
+        if crowded:
+            sentence = "Too many devices knock at the same time: try again in a few seconds."
+            raise Refusal(grpc.StatusCode.UNAVAILABLE, sentence)
+
+    async def _let_in(
+        self, hello: dict[str, Any], context: Any
+    ) -> tuple[Node, Session, dict[str, Any]]:
         identity, name = hello["identity"], str(hello.get("name", "a client"))
-        secret, session = str(hello.get("secret", "")), str(hello.get("session", ""))
-        with self._lock:
-            node = self._by_identity.get(identity)
-            if node is not None and not hmac.compare_digest(*map(_bytes, (node.secret, secret))):
-                raise Refusal(
-                    grpc.StatusCode.PERMISSION_DENIED,
-                    "Another device is in this federation under this identity.",
-                )
-            if node is not None and node.connected and session == node.session != "":
-                # The same process: its old connection broke, and this side has not noticed yet.
-                assert node.task is not None
-                node.task.cancel()
-            elif node is not None and node.connected:
+        secret, process = str(hello.get("secret", "")), str(hello.get("session", ""))
+        certificate = _common_name(context)
+        token = self._guard(hello, certificate) if self._guard is not None else None
+        node = self._ledger.find(identity)
+        if node is not None:
+            node.check_owner(secret, certificate)
+            # The same process has come back; another one may not, while the first is alive. A
+            # connection that broke without a word is not, and bars nobody.
+            other = node.session is not None and not process == node.session.token != ""
+            if other and node.session and await node.session.answers(PROBE_WAIT_S):
                 raise Refusal(
                     grpc.StatusCode.ALREADY_EXISTS,
                     f"{node.name} is connected already: two processes use one state directory.",
                 )
-            node_id = node.node_id if node else len(self._by_identity) + 2  # 1 is the server
-            welcome = self._greet(hello, node_id)
-            if node is None:
-                node = Node(node_id, identity, secret, name)
-                self._nodes[node_id] = node
-                self._by_identity[identity] = node
-            node.connected, node.left, node.lost_at = True, False, None
-            node.session, node.task = session, asyncio.current_task()
-            # Sent away before: it may have been mended since, and is judged anew.
-            node.refusal = None
-            node.wake = asyncio.Event()
-            node.unsent = list(node.pending)
-            node.wake.set()
-        return node, {**welcome, "node_id": node_id}
-
-    def _disconnect(self, node: Node) -> None:
-        with self._lock:
-            if node.task is not asyncio.current_task():
-                return  # another connection has taken over
-            node.connected = False
-            if node.left or node.goodbye is not None or node.refusal is not None:
-                self._drop(node, "it left" if node.left else "it was sent away")
-                self._part(node.node_id)
-            else:
-                node.lost_at = time.monotonic()
-                self._loop.call_later(RECONNECT_GRACE_S, self._give_up, node, node.lost_at)
-            self._lock.notify_all()
+        # From here on nothing else runs on the loop until the node is entered.
+        node = self._ledger.find(identity)
+        node_id = node.node_id if node is not None else self._ledger.next_id()
+        welcome = self._greet(hello, node_id)
+        if node is None:
+            node = Node(node_id, identity, hashed(secret), name, certificate)
+        node.name, node.token = name, token
+        session = Session(self._ledger, node, context, process, self._limit)
+        if node.session is not None:
+            node.session.end()
+        self._ledger.enter(node, session)
+        return node, session, {**welcome, "node_id": node_id}
 
     def _give_up(self, node: Node, lost_at: float) -> None:
-        with self._lock:
-            if node.lost_at != lost_at:
-                return
-            node.lost_at = None
-            self._drop(
-                node, f"it vanished and did not come back in {RECONNECT_GRACE_S:.0f} seconds"
-            )
-        self._part(node.node_id)
+        reason = f"it vanished and did not come back in {self._grace:g} seconds"
+        if self._ledger.give_up(node, lost_at, reason):
+            self._part(node.node_id)
 
-    def _drop(self, node: Node, reason: str) -> None:
-        for key in list(node.pending):
-            self._forget(node, key)
-            self._settle(key, Lost(reason))
+    def _check_tokens(self) -> None:
+        for node in self._ledger.nodes():
+            if self._guard is None or node.token is None or node.session is None:
+                continue
+            if self._guard.revoked(node.token):
+                self.dismiss(node.node_id, "This device's join token was revoked.")
+        self._loop.call_later(TOKEN_CHECK_S, self._check_tokens)
 
-    def _forget(self, node: Node, key: str) -> None:
-        node.pending.pop(key, None)
-        if key in node.unsent:
-            node.unsent.remove(key)
-        self._release(key)
 
-    def _release(self, key: str) -> None:
-        # A message that is sent again after a reconnect took its slot only once.
-        if key in self._holding:
-            self._holding.remove(key)
-            self._transfers.release()
+def _wake(node: Node) -> None:
+    if node.session is not None:
+        node.session.wake()
 
-    def _settle(self, key: str, result: bytearray | Lost) -> None:
-        with self._lock:
-            self._results[key] = result
-            self._lock.notify_all()
 
-    async def _converse(self, node: Node, context: Any) -> None:
-        reader = asyncio.create_task(self._read(node, context))
-        writer = asyncio.create_task(self._write(node, context))
-        try:
-            await asyncio.wait((reader, writer), return_when=asyncio.FIRST_COMPLETED)
-            for task in (reader, writer):
-                fault = task.exception() if task.done() and not task.cancelled() else None
-                if isinstance(fault, FrameError):
-                    await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"{fault}.")
-                if fault is not None and not isinstance(fault, grpc.RpcError):
-                    sentence = f"The server's own code failed with {type(fault).__name__}: {fault}."
-                    _log.error("The session of %s ended: %s", node.name, sentence)
-                    _log.debug("This is where.", exc_info=fault)
-                    await context.abort(grpc.StatusCode.ABORTED, sentence)
-        finally:
-            for task in (reader, writer):
-                task.cancel()
-            await asyncio.gather(reader, writer, return_exceptions=True)
-
-    async def _read(self, node: Node, context: Any) -> None:
-        assembler, carried = Assembler(), 0
-        while True:
-            data = await context.read()
-            if data is grpc.aio.EOF:
-                return
-            carried += len(data)
-            kind, head, body = parse_frame(data)
-            if kind is Kind.MESSAGE:
-                # A late or unasked-for reply is not held in memory, whatever its size.
-                key = head.get("key")
-                wanted = isinstance(key, str) and key in node.pending
-                complete = assembler.begin(head, keep=wanted)
-            elif kind is Kind.CHUNK:
-                complete = assembler.add(body)
-            elif kind is Kind.LEAVE:
-                node.left = True
-                return
-            else:
-                raise FrameError(f"a client does not send {kind.name}")
-            if complete is not None:
-                self._receive(node, *complete, carried)
-                carried = 0
-
-    def _receive(self, node: Node, key: str, data: bytearray, carried: int) -> None:
-        with self._lock:
-            # Not pending: late, a duplicate, or somebody else's; none may count.
-            if key in node.pending:
-                self.bytes_received[node.pending[key].account] += carried
-                self._forget(node, key)
-                self._settle(key, data)
-
-    async def _write(self, node: Node, context: Any) -> None:
-        session = node.task
-        while True:
-            await node.wake.wait()
-            node.wake.clear()
-            while node.unsent and node.refusal is None and node.goodbye is None:
-                with self._lock:
-                    # Another connection may have taken over between two messages.
-                    if not node.unsent or node.task is not session:
-                        break
-                    key = node.unsent.pop(0)
-                    instruction = node.pending[key]
-                try:
-                    for data in message_frames(key, instruction.buffers):
-                        self.bytes_sent[instruction.account] += len(data)
-                        await context.write(data)
-                finally:
-                    with self._lock:
-                        self._release(key)
-            if node.refusal is not None:
-                return
-            if node.goodbye is not None:
-                head = {"reason": node.goodbye, "ok": self._ended_well}
-                await context.write(frame(Kind.BYE, head))
-                return
+def _common_name(context: Any) -> str | None:
+    """The name in the client's certificate, which gRPC has verified; None without one."""
+    names = context.auth_context().get("x509_common_name", ())
+    return next((bytes(name).decode(errors="replace") for name in names), None)
 
 
 def _details(refusal: Refusal) -> str:
     # It may quote what a stranger sent, and travels in an HTTP/2 header.
-    return _bytes(str(refusal)[:1000]).decode("utf-8", errors="replace")
-
-
-def _bytes(text: str) -> bytes:
-    return text.encode("utf-8", errors="surrogatepass")
+    text = str(refusal)[:1000].encode("utf-8", errors="surrogatepass")
+    return text.decode("utf-8", errors="replace")

@@ -1,0 +1,144 @@
+"""A client's part in one federation: its context, its app, and what it keeps of both.
+
+Nothing of Flower or torch is imported until the first instruction comes.
+"""
+
+from __future__ import annotations
+
+import logging
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedkit.engine.state import FederationState, StateDirectory
+from fedkit.errors import FedkitError
+from fedkit.link.client import Answer
+from fedkit.registry import load
+from fedkit.settings import Value
+
+if TYPE_CHECKING:
+    from flwr.app import Context
+    from flwr.clientapp import ClientApp
+
+_log = logging.getLogger(__name__)
+
+
+class Membership:
+    """Works on the instructions of one federation, each of them once."""
+
+    def __init__(
+        self,
+        directory: StateDirectory,
+        welcome: dict[str, Any],
+        model: str | None,
+        node_config: dict[str, Value],
+    ) -> None:
+        """The part that the server's welcome gives this device.
+
+        Args:
+            directory: the device's state directory.
+            welcome: the server's.
+            model: the device's architecture; None takes the federation's.
+            node_config: what this machine adds to what the server says of the node.
+        """
+        self.federation = _safe_name(welcome["federation"])
+        self._directory = directory
+        self._welcome = welcome
+        self._model = model
+        self._node_config = node_config
+        self._state: FederationState | None = None
+        self._context: Context | None = None
+        self._app: ClientApp | None = None
+
+    @property
+    def model_path(self) -> Path | None:
+        """Where the client's own model is, once it was exported."""
+        path = self._state.folder / "model.safetensors" if self._state else None
+        return path if path is not None and path.exists() else None
+
+    def work(self, key: str, buffers: list[bytes]) -> Answer:
+        """Answer an instruction: from what is kept, if it was done before, else by doing it.
+
+        State and answer are kept together before the answer is given.
+        """
+        from fedkit.flower import decode_message, encode_message, error_reply
+
+        message = None
+        try:
+            context, app, state = self._prepared()
+            kept = state.reply_to(key)
+            if kept is not None:
+                _log.info("Instruction %s was done before: answered again.", key)
+                return Answer(kept)
+            message = decode_message(buffers)
+            buffers.clear()
+            _log.info("Instruction %s", key)
+            reply = encode_message(app(message, context))
+            group = message.metadata.group_id
+            state.commit(key, reply, context.state, int(group) if group.isdigit() else 0)
+            return Answer(reply)
+        except Exception as error:  # whatever the app raised, the server hears of it first
+            fatal = _explain(error)
+            message = message or decode_message(buffers)
+            return Answer(encode_message(error_reply(message, str(fatal))), fatal)
+
+    def export(self) -> None:
+        """Write the own model as a file that anybody can read."""
+        from fedkit.engine.saved import OWN_MODEL, kept_model
+        from fedkit.models.files import save_model
+
+        if self._context is None or self._state is None or OWN_MODEL not in self._context.state:
+            return
+        own = kept_model(self._state.folder)
+        path = self._state.folder / "model.safetensors"
+        save_model(path, own.arrays, own.about)
+        _log.info("The model is in %s.", path)
+
+    def _prepared(self) -> tuple[Context, ClientApp, FederationState]:
+        if self._context is None or self._app is None or self._state is None:
+            self._prepare()
+        assert self._context is not None and self._app is not None and self._state is not None
+        return self._context, self._app, self._state
+
+    def _prepare(self) -> None:
+        from fedkit.flower import new_context, take_identity
+
+        welcome, run_config = self._welcome, self._welcome["run_config"]
+        shard = welcome["node_config"]["partition-id"]
+        model = self._model or run_config["model"]
+        folder = self._directory.path / self.federation
+        self._state = FederationState(folder, {"model": model, "shard": shard})
+        node_id = int(welcome["node_id"])
+        take_identity(node_id)
+        context = new_context(
+            node_id, {**welcome["node_config"], "model": model, **self._node_config}
+        )
+        context.run_config = run_config
+        if self._state.begun:
+            self._state.restore(context.state)
+            _log.warning("Going on from %s (%s).", folder, self._state.last_key)
+        # The name came over the network: it is looked up in this machine's registry only.
+        self._app = load("clients", str(run_config["strategy"]))
+        self._context = context
+
+
+def _explain(error: Exception) -> FedkitError:
+    if isinstance(error, FedkitError):
+        return error
+    _log.debug("The client's own code failed.", exc_info=error)
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    where = f"{Path(last.filename).name}:{last.lineno}"
+    fatal = FedkitError(
+        f"The client's own code failed with {type(error).__name__}: {error} ({where}); "
+        "--debug shows where."
+    )
+    fatal.__cause__ = error
+    return fatal
+
+
+def _safe_name(name: object) -> str:
+    # It came over the network and becomes a folder's name.
+    text = str(name)
+    if not text.isalnum() or not text.isascii() or len(text) > 64:
+        raise FedkitError("The server's federation id is no plain word.")
+    return text

@@ -1,0 +1,93 @@
+"""What ``fedkit server --resume`` goes on with: the run's own settings, its events, its checkpoint."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+
+from fedkit.engine.checkpoint import Checkpoint, Checkpoints
+from fedkit.engine.events import Event
+from fedkit.engine.history import History
+from fedkit.engine.plan import Plan, make_plan
+from fedkit.errors import UsageError
+from fedkit.rundir import read_events
+from fedkit.security.settings import ServerSecurity
+from fedkit.settings import (
+    DataSettings,
+    RunSettings,
+    ServerSettings,
+    Value,
+    key,
+    merge,
+    read_toml,
+)
+
+_log = logging.getLogger(__name__)
+# What may differ from process to process: nothing that a number hangs on.
+_FREE = frozenset(
+    {
+        *(
+            key(f.name)
+            for kind in (ServerSettings, ServerSecurity, DataSettings)
+            for f in fields(kind)
+        ),
+        *("rounds", "min-clients", "round-timeout", "quorum", "below-quorum", "rejoin-wait"),
+    }
+)
+
+
+def can_resume(run: Path) -> bool:
+    """Whether a run was begun in that folder."""
+    return all((run / name).exists() for name in ("config.toml", "metrics.jsonl", "nodes.json"))
+
+
+def is_over(plan: Plan) -> bool:
+    """Whether all rounds of the run are done already."""
+    try:
+        summary = json.loads((Path(plan.server.run_dir) / "summary.json").read_text())
+        return bool(
+            summary["status"] == "completed" and summary["rounds"] >= plan.federation.rounds
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def resumed_plan(run: Path, typed: Mapping[str, Value]) -> Plan:
+    """The plan of a run that goes on: its own settings, with what was typed where that may change.
+
+    Raises:
+        UsageError: there is no such run, or a setting that may not change was given.
+    """
+    if not can_resume(run):
+        raise UsageError(f"{run} holds no run that could be resumed.")
+    stored = read_toml(str(run / "config.toml"))
+    for item in fields(RunSettings):
+        stored.pop(key(item.name), None)
+    # Clients know the address; a free port would be another one now.
+    listen = (run / "address").read_text().strip() if (run / "address").exists() else None
+    stored = merge(stored, {"run-dir": str(run)}, {"listen": listen} if listen else {})
+    was, now = make_plan(stored).values(), make_plan(merge(stored, typed, {"run-dir": str(run)}))
+    for name, value in now.values().items():
+        if name not in _FREE and was.get(name) != value:
+            raise UsageError(
+                f"The run in {run} has --{name} {was.get(name)}, and goes on with that, not with "
+                f"{value}: leave --{name} out."
+            )
+    return now
+
+
+def last_good(run: Path, history: History) -> Checkpoint | None:
+    """The newest checkpoint that is whole and fits the recorded events, which ``history`` takes in.
+
+    None if the run was stopped before its first.
+    """
+    for record in read_events(run, everything=True):
+        history.take(Event(**{name: value for name, value in record.items() if name != "time"}))
+    for checkpoint in Checkpoints(run).newest():
+        if history.digest(until=checkpoint.progress.round) == checkpoint.progress.digest:
+            return checkpoint
+        _log.warning("%s does not fit what metrics.jsonl holds: passed over.", checkpoint.folder)
+    return None

@@ -1,0 +1,170 @@
+"""One connection of one client, from its welcome to its end."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from typing import TYPE_CHECKING, Any
+
+import grpc
+import grpc.aio
+
+from fedkit.link.frames import Assembler, FrameError, Kind, frame, message_frames
+from fedkit.link.frames import parse as parse_frame
+from fedkit.link.node import Node
+
+if TYPE_CHECKING:
+    from fedkit.link.ledger import Ledger
+
+_log = logging.getLogger(__name__)
+# A connection that takes not even one more chunk in this time holds up others.
+STALL_S = 60.0
+
+
+class Session:
+    """Reads replies and writes instructions until one side ends it; lives on the event loop."""
+
+    def __init__(self, ledger: Ledger, node: Node, context: Any, token: str, limit: int) -> None:
+        """A connection that was let in.
+
+        Args:
+            ledger: whose instructions it carries.
+            node: whose connection it is.
+            context: gRPC's.
+            token: tells one process of the device from another.
+            limit: the largest message that is taken, in bytes.
+        """
+        self.token = token
+        self._ledger = ledger
+        self._node = node
+        self._context = context
+        self._task = asyncio.current_task()
+        self._assembler = Assembler(limit)
+        self._wake = asyncio.Event()
+        self._heard = asyncio.Event()
+        self._urgent: deque[bytes] = deque()
+        self._wake.set()
+
+    def wake(self) -> None:
+        """There may be something to send."""
+        self._wake.set()
+
+    def end(self) -> None:
+        """Cut it: another connection takes over."""
+        if self._task is not None:
+            self._task.cancel()
+
+    def withdraw(self, key: str) -> None:
+        """Tell the client that nobody waits for that reply, and hold no more of it."""
+        self._assembler.drop(key)
+        self._say(Kind.WITHDRAW, {"key": key})
+
+    async def answers(self, seconds: float) -> bool:
+        """Whether the other end is alive: it is asked, and whatever it sends is a yes."""
+        self._heard.clear()
+        self._say(Kind.PROBE)
+        try:
+            await asyncio.wait_for(self._heard.wait(), seconds)
+        except TimeoutError:
+            return False
+        return True
+
+    async def run(self, welcome: dict[str, Any]) -> None:
+        """Carry messages until the client leaves, vanishes, is sent away, or the run is over."""
+        await self._context.write(frame(Kind.WELCOME, welcome))
+        reader = asyncio.create_task(self._read())
+        writer = asyncio.create_task(self._write())
+        try:
+            await asyncio.wait((reader, writer), return_when=asyncio.FIRST_COMPLETED)
+            for task in (reader, writer):
+                fault = task.exception() if task.done() and not task.cancelled() else None
+                if fault is not None and not isinstance(fault, grpc.RpcError):
+                    await self._fail(fault)
+        finally:
+            for task in (reader, writer):
+                task.cancel()
+            await asyncio.gather(reader, writer, return_exceptions=True)
+
+    async def _fail(self, fault: BaseException) -> None:
+        name = self._node.name
+        if isinstance(fault, FrameError):
+            _log.warning("%s sent nonsense: %s.", name, fault)
+            await self._context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"{fault}.")
+        if isinstance(fault, TimeoutError):
+            _log.warning("%s takes nothing any more: its connection is cut.", name)
+            await self._context.abort(grpc.StatusCode.UNAVAILABLE, "The connection stands still.")
+        sentence = f"The server's own code failed with {type(fault).__name__}: {fault}."
+        _log.error("The session of %s ended: %s", name, sentence)
+        _log.debug("This is where.", exc_info=fault)
+        await self._context.abort(grpc.StatusCode.ABORTED, sentence)
+
+    def _say(self, kind: Kind, head: dict[str, Any] | None = None) -> None:
+        self._urgent.append(frame(kind, head))
+        self._wake.set()
+
+    async def _read(self) -> None:
+        carried = 0
+        while True:
+            data = await self._context.read()
+            if data is grpc.aio.EOF:
+                return
+            self._heard.set()
+            carried += len(data)
+            kind, head, body = parse_frame(data)
+            complete = None
+            if kind is Kind.MESSAGE:
+                # A late or unasked-for reply is not held in memory, whatever its size.
+                wanted = self._ledger.awaits(self._node, str(head.get("key")))
+                complete = self._assembler.begin(head, body, keep=wanted)
+            elif kind is Kind.CHUNK:
+                complete = self._assembler.add(body)
+            elif kind is Kind.LEAVE:
+                self._node.left = True
+                return
+            elif kind is not Kind.HERE:
+                raise FrameError(f"a client does not send {kind.name}")
+            if complete is not None:
+                await self._receive(*complete, carried)
+                carried = 0
+
+    async def _receive(self, key: str, buffers: list[bytes] | None, carried: int) -> None:
+        reply = None if buffers is None else self._ledger.spool.keep(buffers)
+        del buffers
+        if reply is not None and reply.is_too_much:
+            await asyncio.to_thread(reply.write_out)
+        outcome = self._ledger.answer(self._node, key, reply, carried)
+        if outcome in ("late", "unasked"):
+            _log.warning("A reply of %s to %s does not count: %s.", self._node.name, key, outcome)
+            self._say(Kind.WITHDRAW, {"key": key})
+
+    async def _write(self) -> None:
+        node, sent = self._node, self._ledger.bytes_sent
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            await self._speak()
+            while node.refusal is None and node.goodbye is None:
+                following = self._ledger.next_unsent(node, self)
+                if following is None:
+                    break
+                key, instruction = following
+                try:
+                    for data in message_frames(key, instruction.parcel):
+                        sent[instruction.account] += len(data)
+                        await self._put(data)
+                        await self._speak()
+                finally:
+                    self._ledger.free_slot(instruction)
+            if node.goodbye is not None:
+                await self._put(frame(Kind.BYE, node.goodbye))
+            if node.refusal is not None or node.goodbye is not None:
+                return
+
+    async def _speak(self) -> None:
+        while self._urgent:
+            await self._put(self._urgent.popleft())
+
+    async def _put(self, data: bytes) -> None:
+        async with asyncio.timeout(STALL_S):
+            await self._context.write(data)

@@ -15,6 +15,7 @@ from clients import memory
 from clients.edge import ALONE, OWN, Edge, edge_of
 from fedkit.data.samples import Samples
 from fedkit.models.build import build_model, parameter_count
+from fedkit.models.files import about_of
 from fedkit.models.measure import measure
 from fedkit.registry import names
 from fedkit.seeds import derive
@@ -108,6 +109,7 @@ def global_model(edge: Edge, arrays: ArrayRecord, spec: str) -> torch.nn.Module:
 def keep(edge: Edge, context: Context, slot: str) -> None:
     """Put the model in ``slot`` into the state that survives."""
     memory.keep_model(context, slot, edge.models[slot])
+    memory.keep_about(context, about_of(edge.data, edge.model_name, client=edge.client))
 
 
 def _measures(

@@ -16,6 +16,7 @@ from fedkit.data.samples import Samples
 from fedkit.data.splits import ClientData, FederatedData, cut
 from fedkit.errors import FedkitError
 from fedkit.models.build import build_model
+from fedkit.models.device import pick_device, repeatable
 from fedkit.seeds import torch_generator
 from fedkit.settings import DataSettings, FederationSettings, build
 
@@ -87,28 +88,11 @@ def edge_of(context: Context) -> Edge:
     return live
 
 
-def pick_device(name: str) -> torch.device:
-    """The torch device for ``auto``, ``cpu``, ``cuda``, ``cuda:1`` or ``mps``.
-
-    Raises:
-        FedkitError: that device is not on this machine.
-    """
-    mps = torch.backends.mps.is_available()
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
-    kind, _, number = name.partition(":")
-    count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(mps)}.get(kind, 0)
-    if not count or (number and (not number.isdigit() or int(number) >= count)):
-        raise FedkitError(f"There is no device {name!r} on this machine: try --device cpu.")
-    return torch.device(name)
-
-
 def _build(context: Context) -> Edge:
     settings = build(FederationSettings, context.run_config)
     node = context.node_config
     torch.set_num_threads(settings.threads)
-    # The same seed shall give the same numbers on a GPU, too.
-    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+    repeatable()
     client = int(node["partition-id"])
     device = pick_device(str(node.get("device", "auto")))
     sources = DataSettings(

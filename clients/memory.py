@@ -6,16 +6,25 @@ it. Optimiser states are flattened to named arrays, so that nothing is pickled.
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from typing import Any
 
 import torch
-from flwr.app import Array, ArrayRecord, Context
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context
 from torch import nn
+
+from fedkit.models.files import About
 
 
 def keep_model(context: Context, name: str, model: nn.Module) -> None:
     """Put a model's parameters and buffers into the state, as ``NAME-model``."""
     context.state[f"{name}-model"] = ArrayRecord(model.state_dict())
+
+
+def keep_about(context: Context, about: About) -> None:
+    """Put into the state what the models in it are, for whoever reads them without this client."""
+    context.state["about"] = ConfigRecord({"json": json.dumps(asdict(about))})
 
 
 def recall_model(context: Context, name: str, model: nn.Module) -> None:

@@ -6,16 +6,16 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import safetensors.numpy
 import torch
 from flwr.app import ConfigRecord, MetricRecord
 from threadpoolctl import threadpool_limits
 
 from fedkit.data.splits import cut
-from fedkit.durable import make_folder, write_whole
+from fedkit.durable import make_folder
 from fedkit.engine.plan import Plan
 from fedkit.engine.strategy import Facts, ServerModels
 from fedkit.models.build import build_model
+from fedkit.models.files import about_of, save_model
 from fedkit.models.measure import measure
 from fedkit.registry import split
 
@@ -100,9 +100,10 @@ class ServerView:
             metrics[f"{prefix}/n"] = len(test)
         return metrics or None
 
-    def save(self, models: ServerModels, folder: Path) -> None:
-        """Write the server's networks as plain state dicts, LABEL.safetensors."""
-        for label, (_, arrays) in models.items():
+    def save(self, models: ServerModels, folder: Path, round: int | None = None) -> None:
+        """Write the server's networks, as they are after ``round``, as LABEL.safetensors."""
+        for label, (spec, arrays) in models.items():
             make_folder(folder)
             named = {name: array.numpy() for name, array in arrays.items()}
-            write_whole(folder / f"{label}.safetensors", [safetensors.numpy.save(named)])
+            about = about_of(self.data, spec, round=round)
+            save_model(folder / f"{label}.safetensors", named, about)

@@ -50,6 +50,7 @@ def serve(
         FedkitError: the port is in use, files are missing, too few clients are left, ...
         KeyboardInterrupt: it was asked to stop; the summary is written nevertheless.
     """
+    metrics_address(plan.server.metrics_port)  # refused before anything is written
     path = Path(plan.server.run_dir or default_path(plan.federation.strategy))
     # Locked before anything else is touched where a run is; made only once the port is ours.
     rundir = RunDirectory(path, resume=True) if resume else None
@@ -65,6 +66,7 @@ def serve(
         values = {**rundir.read_config(), **plan.values()} if resume else plan.values()
         rundir.write_config(values)
         rundir.write_text("address", address)
+        door.link.spool_in(rundir.path)
         _log.info("Listening on %s, writing to %s.", address, rundir.path)
         run = _Run(plan, door, lobby, known, rundir, address, listeners)
         summary = run.to_the_end(resume=resume)
@@ -197,11 +199,11 @@ class _Run:
         self._rundir.write("partition.json", view.partition())
         strategy = self._plan.strategy(self._plan.hyper, view.facts(), self._emit)
         checkpoints = Checkpoints(self._rundir.path, self._plan.server.keep_checkpoints)
-        arrays, first_round = strategy.initial_arrays(), 1
+        arrays, first_round, done = strategy.initial_arrays(), 1, 0
 
         def round_over(server_round: int, new: ArrayRecord) -> None:
-            nonlocal arrays
-            arrays = new
+            nonlocal arrays, done
+            arrays, done = new, server_round
             self._rundir.sync()
             checkpoints.save(self._progress(server_round), strategy.state, new)
 
@@ -220,7 +222,8 @@ class _Run:
             round_over=round_over,
         )
         if checkpoint is not None:
-            arrays, first_round = checkpoint.arrays, checkpoint.progress.round + 1
+            arrays, done = checkpoint.arrays, checkpoint.progress.round
+            first_round = done + 1
             if strategy.state is not None:
                 strategy.state = checkpoint.strategy_state(type(strategy.state))
             self._go_on(checkpoint)
@@ -228,10 +231,11 @@ class _Run:
             self._emit(Event(REWIND, first_round, name=f"the run goes on with round {first_round}"))
         self._emit(Event("start", name=self._plan.federation.strategy))
         try:
-            arrays = self._driver.run(arrays, first_round).arrays
+            back = () if checkpoint is None else checkpoint.progress.present
+            arrays = self._driver.run(arrays, first_round, back).arrays
         finally:
             strategy.close()
-            view.save(strategy.server_models(arrays), self._rundir.path / "models")
+            view.save(strategy.server_models(arrays), self._rundir.path / "models", done)
 
     def _go_on(self, checkpoint: Checkpoint) -> None:
         assert self._driver is not None
@@ -251,6 +255,7 @@ class _Run:
             sent_up=self._sent_up + _training(self._link.bytes_received),
             sent_down=self._sent_down + _training(self._link.bytes_sent),
             members=tuple(self._driver.roster.members.values()),
+            present=tuple(member.node_id for member in self._driver.roster.connected()),
         )
 
     def _elapsed(self) -> float:

@@ -1,0 +1,28 @@
+"""Where torch computes."""
+
+from __future__ import annotations
+
+import torch
+
+from fedkit.errors import FedkitError
+
+
+def pick_device(name: str) -> torch.device:
+    """The torch device for ``auto``, ``cpu``, ``cuda``, ``cuda:1`` or ``mps``.
+
+    Raises:
+        FedkitError: that device is not on this machine.
+    """
+    mps = torch.backends.mps.is_available()
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
+    kind, _, number = name.partition(":")
+    count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(mps)}.get(kind, 0)
+    if not count or (number and (not number.isdigit() or int(number) >= count)):
+        raise FedkitError(f"There is no device {name!r} on this machine: try --device cpu.")
+    return torch.device(name)
+
+
+def repeatable() -> None:
+    """The same seed shall give the same numbers on a GPU, too."""
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False

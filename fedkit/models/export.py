@@ -1,0 +1,98 @@
+"""A saved model for other programs: safetensors, a plain ``torch.save``, or ONNX."""
+
+from __future__ import annotations
+
+import io
+import json
+import warnings
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from fedkit.durable import write_whole
+from fedkit.errors import FedkitError
+from fedkit.models.files import SavedModel, described, network, save_model
+
+FORMATS = ("safetensors", "pt", "onnx")
+# Exporter and runtime add up in another order than torch; float32 has some seven digits.
+TOLERANCE = 1e-4
+
+
+def export(saved: SavedModel, path: Path, format: str) -> None:
+    """Write a model to ``path``.
+
+    ``safetensors`` and ``pt`` hold the state dict; ``onnx`` the network, for batches of any size, with
+    the input ``images`` (float32, normalised) and the output ``logits``. What was written as ONNX is
+    read again and compared with torch before ``path`` is there.
+
+    Raises:
+        FedkitError: it can't be written, or (``onnx``) the network can't be built or put so, or the
+            extra is missing.
+    """
+    if format == "safetensors":
+        save_model(path, saved.arrays, saved.about)
+    elif format == "pt":
+        buffer = io.BytesIO()
+        torch.save({n: torch.from_numpy(np.array(a)) for n, a in saved.arrays.items()}, buffer)
+        write_whole(path, [buffer.getvalue()])
+    else:
+        write_whole(path, [_onnx(saved)])
+
+
+def _onnx(saved: SavedModel) -> bytes:
+    about, model = described(saved), network(saved)
+    try:
+        import onnx
+        import onnxscript  # noqa: F401  (torch's exporter needs it)
+    except ImportError:
+        raise FedkitError(
+            "ONNX needs the packages onnx and onnxscript: `pip install 'fedkit[onnx]'`."
+        ) from None
+    images = torch.randn(2, *about.shape, generator=torch.Generator().manual_seed(0))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            program = torch.onnx.export(
+                model,
+                (images,),
+                input_names=["images"],
+                output_names=["logits"],
+                dynamic_shapes=({0: torch.export.Dim("batch")},),
+                dynamo=True,
+                verbose=False,
+            )
+        assert program is not None
+        proto = program.model_proto
+    except Exception as error:  # whatever torch's exporter meets in somebody's network
+        raise FedkitError(
+            f"torch can't put the network {about.architecture} as ONNX ({type(error).__name__}): "
+            "take --format safetensors or pt; --debug shows why."
+        ) from error
+    entry = proto.metadata_props.add()
+    entry.key, entry.value = "about", json.dumps(asdict(about))
+    onnx.checker.check_model(proto)
+    _compare(proto, model, about.architecture, torch.cat([images, -images[:1]]))
+    written: bytes = proto.SerializeToString()
+    return written
+
+
+def _compare(proto: Any, model: nn.Module, architecture: str, images: torch.Tensor) -> None:
+    """``FedkitError`` unless ONNX's own reference runtime finds what torch finds."""
+    from onnx.reference import ReferenceEvaluator
+
+    with torch.inference_mode():
+        wanted = model(images).numpy()
+    outputs: Any = ReferenceEvaluator(proto).run(["logits"], {"images": images.numpy()})
+    found = outputs[0]
+    scale = max(1.0, float(np.abs(wanted).max()))
+    if found.shape != wanted.shape or not np.allclose(
+        found, wanted, rtol=0, atol=TOLERANCE * scale
+    ):
+        raise FedkitError(
+            f"The network {architecture} answers otherwise as ONNX than in torch: take --format "
+            "safetensors or pt."
+        )

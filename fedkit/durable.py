@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable
@@ -37,6 +38,11 @@ def write_whole(path: Path, buffers: Iterable[bytes], *, mode: int = 0o666) -> N
 def write_json(path: Path, value: Any) -> None:
     """Replace ``path`` with ``value`` as JSON."""
     write_whole(path, [json.dumps(value, indent=2).encode(), b"\n"])
+
+
+def checksum_of(value: Any) -> str:
+    """SHA-256 (hex) of a value as JSON, by which a file that holds it can check itself."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def sync_folder(folder: Path) -> None:

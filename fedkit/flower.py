@@ -51,6 +51,11 @@ def error_reply(message: Message, reason: str) -> Message:
     return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message)
 
 
+def is_failure(reply: Message) -> bool:
+    """Whether the client's own code failed, and not the way to it."""
+    return reply.has_error() and reply.error.code == ErrorCode.CLIENT_APP_RAISED_EXCEPTION
+
+
 def unavailable_reply(message: Message, reason: str) -> Message:
     """The reply that stands for a client that is gone."""
     return Message(Error(ErrorCode.NODE_UNAVAILABLE, reason), reply_to=message)

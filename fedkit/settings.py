@@ -120,7 +120,8 @@ class FederationSettings:
     )
     rejoin_wait: float = setting(
         60.0,
-        "with fewer than min-clients connected, the run ends after so long, and can be resumed",
+        "with fewer than min-clients connected, the run ends after so long and can be resumed; a "
+        "resumed run waits so long for the clients that it had",
         unit="seconds",
         minimum=0,
         maximum=1e7,
@@ -154,7 +155,7 @@ class ServerSettings:
         3, "how many checkpoints are kept; there is one after every round", minimum=1
     )
     reconnect_grace: float = setting(
-        10.0,
+        15.0,
         "a client whose connection ended may come back for so long before the round goes on without it",
         unit="seconds",
         minimum=0,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import os
 import signal
 import sys
 from typing import Annotated, Any, NoReturn
@@ -10,7 +10,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from fedkit import __version__
-from fedkit.cli import terminal
+from fedkit.cli import logs, terminal
 from fedkit.errors import FedkitError
 
 app = typer.Typer(
@@ -48,23 +48,32 @@ def options(
     silent: Annotated[
         bool, typer.Option("--quiet", "-q", help="Tell only results and what goes wrong.")
     ] = False,
+    log_format: Annotated[
+        str,
+        typer.Option(
+            metavar="text|json",
+            help="How logs and progress are written to stderr.  [default: text]",
+            show_default=False,
+            callback=logs.choose,
+            is_eager=True,
+        ),
+    ] = "text",
 ) -> None:
     """Federated learning between devices with different neural networks."""
     global _debug
     _debug = debug
     terminal.quiet = silent
-    level = logging.DEBUG if debug else logging.INFO if verbose else logging.WARNING
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("fedkit").setLevel(level)
-    logging.getLogger("flwr").setLevel(logging.DEBUG if debug else logging.ERROR)
-    logging.captureWarnings(True)
+    if not debug:
+        # gRPC's own lines, one for each handshake that fails, are no sentences for people.
+        os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    logs.set_up(debug=debug, verbose=verbose, quiet=silent)
 
 
 def main() -> None:
     """Run the command line; every error is one sentence on stderr, unless ``--debug``."""
-    from fedkit.cli import client, listing, run, server
+    from fedkit.cli import certs, client, doctor, evaluate, export, listing, run, server, token
 
-    for module in (run, server, client, listing):
+    for module in (run, server, client, certs, token, listing, export, evaluate, doctor):
         module.register(app)
     signal.signal(signal.SIGTERM, _on_sigterm)
     try:
@@ -81,7 +90,12 @@ def main() -> None:
 def _global_first(words: list[str]) -> list[str]:
     """`fedkit run -q` means `fedkit -q run`: these options may stand anywhere."""
     anywhere = {"--debug", "--verbose", "-v", "--quiet", "-q"}
-    return [w for w in words if w in anywhere] + [w for w in words if w not in anywhere]
+    first, rest = list[str](), list[str]()
+    for at, word in enumerate(words):
+        valued = "--log-format" in (word, *words[max(at - 1, 0) : at])
+        is_global = word in anywhere or valued or word.startswith("--log-format=")
+        (first if is_global else rest).append(word)
+    return first + rest
 
 
 def _command() -> Any:
@@ -113,9 +127,5 @@ def _other(error: Exception) -> int:
 
 
 def _fail(sentence: str, status: int, error: Exception | None) -> NoReturn:
-    if _debug and error is not None:
-        import traceback
-
-        traceback.print_exception(error)
-    print(f"Error: {sentence}", file=sys.stderr, flush=True)
+    logs.write_error(sentence, error if _debug else None)
     sys.exit(status)

@@ -11,12 +11,16 @@ import typer
 from fedkit.cli import terminal
 from fedkit.cli.options import with_settings
 from fedkit.errors import UsageError
+from fedkit.security.settings import ClientSecurity, check_client, resolve_token
 from fedkit.settings import DataSettings
 
 EXAMPLES = """\b
 Examples:
   fedkit client --model resnet18 --data-shard 3
-  fedkit client --model lenet --data-shard auto --server 10.0.0.5:8090 --state-dir /var/lib/fedkit
+  fedkit client --data-shard auto --server 10.0.0.5:8090 --root-certificates ca.pem
+  fedkit client --model lenet --data-shard 2 --state-dir /var/lib/fedkit --stay
+  fedkit client --model lenet --data-shard 1 --server 10.0.0.5:8090 --root-certificates ca.pem \\
+      --ssl-certfile drone-1.pem --ssl-keyfile drone-1.key --token-file drone-1.token
 """
 
 
@@ -25,7 +29,7 @@ def register(app: typer.Typer) -> None:
     app.command(epilog=EXAMPLES, short_help="Take part in a federation as one device.")(client)
 
 
-@with_settings(DataSettings)
+@with_settings(ClientSecurity, DataSettings)
 def client(
     model: Annotated[
         str | None,
@@ -71,14 +75,28 @@ def client(
         ),
     ] = None,
     max_wait_time: Annotated[
-        float,
+        float | None,
         typer.Option(
             min=0,
             metavar="SECONDS",
-            help="Go on trying to reach the server for so long.  [default: 30 seconds]",
+            help="Go on trying to reach the server for so long.  [default: 30 seconds, and 10 minutes "
+            "once it has taken part]",
             show_default=False,
         ),
-    ] = 30.0,
+    ] = None,
+    stay: Annotated[
+        bool,
+        typer.Option(
+            "--stay",
+            help="When a run is over, wait for the next; wait for a server for as long as it takes.",
+        ),
+    ] = False,
+    reset_state: Annotated[
+        bool,
+        typer.Option(
+            "--reset-state", help="First move what the state directory keeps aside, and begin anew."
+        ),
+    ] = False,
     *,
     settings: dict[str, Any],
 ) -> None:
@@ -94,17 +112,23 @@ def client(
         check("datasets", dataset)
     if partition is not None:
         check("partitions", partition)
-    if not math.isfinite(max_wait_time):
+    if max_wait_time is not None and not math.isfinite(max_wait_time):
         raise UsageError(f"--max-wait-time takes a number of seconds, not {max_wait_time}.")
+    security = build(ClientSecurity, settings)
+    check_client(_address(server), security)
     plan = ClientPlan(
-        server=_address(server),
+        server=server,
         shard=_shard(data_shard),
         model=model,
         device=device,
         state_dir=state_dir,
         expected={"dataset": dataset, "partition": partition, "num-shards": num_shards},
         data=build(DataSettings, settings),
+        security=security,
+        token=resolve_token(security),
         max_wait=max_wait_time,
+        stay=stay,
+        reset_state=reset_state,
     )
     one = Client(plan)
     goodbye = one.run()

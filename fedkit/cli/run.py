@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fedkit.cli import terminal
+from fedkit.cli import logs
 from fedkit.cli.options import (
     ConfigFile,
     Format,
@@ -66,7 +66,7 @@ def run(
     """Run a whole federation on this machine: a server and its clients, as real processes."""
     from fedkit.engine.local import run_local
     from fedkit.engine.plan import make_plan
-    from fedkit.report import Progress, print_result
+    from fedkit.report import print_result
 
     as_json = wants_json(format)
     plan = make_plan(layered(config, option, settings), local=True)
@@ -77,7 +77,7 @@ def run(
         planned = plan_only(plan)
         print(json.dumps(planned, indent=2)) if as_json else print_plan(planned)
         return
-    progress = Progress(plan.federation, quiet=terminal.quiet)
+    progress = logs.progress(plan.federation)
     try:
         result = run_local(plan, [progress.take])
     finally:

@@ -20,13 +20,15 @@ import safetensors.numpy
 from flwr.app import Array, ArrayRecord
 from safetensors import SafetensorError
 
-from fedkit.durable import make_folder, sync_folder, write_json, write_whole
+from fedkit.durable import checksum_of, make_folder, sync_folder, write_json, write_whole
 from fedkit.engine.roster import Member
 from fedkit.engine.strategy_state import load_state, save_state
 from fedkit.errors import FedkitError
 
 SCHEMA = 1
 STRATEGY, ARRAYS, ABOUT = "strategy.safetensors", "arrays.safetensors", "checkpoint.json"
+# Whatever a file that is no longer whole may lead to.
+_DAMAGED = (OSError, SafetensorError, LookupError, ValueError, TypeError, AttributeError)
 _log = logging.getLogger(__name__)
 
 
@@ -40,6 +42,7 @@ class Progress:
         seconds: how long the server has run, over all its processes.
         sent_up, sent_down: bytes that the link carried for training.
         members: the clients, as they joined.
+        present: node ids of those that were connected.
     """
 
     round: int
@@ -48,6 +51,7 @@ class Progress:
     sent_up: int
     sent_down: int
     members: tuple[Member, ...]
+    present: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -97,7 +101,7 @@ class Checkpoints:
                 "names": list(arrays),
                 "sha256": {file.name: _sha256(file) for file in sorted(unfinished.iterdir())},
             }
-            write_json(unfinished / ABOUT, about)
+            write_json(unfinished / ABOUT, {**about, "checksum": checksum_of(about)})
             if final.exists():  # a damaged one that was passed over
                 shutil.rmtree(final)
             unfinished.rename(final)
@@ -114,7 +118,7 @@ class Checkpoints:
             folder = self.folder / f"{round:06d}"
             try:
                 found.append(_read(folder))
-            except (OSError, SafetensorError, LookupError, ValueError, TypeError) as error:
+            except _DAMAGED as error:
                 _log.warning("The checkpoint %s is damaged (%s): passed over.", folder, error)
         return found
 
@@ -126,6 +130,8 @@ class Checkpoints:
 
 def _read(folder: Path) -> Checkpoint:
     about = json.loads((folder / ABOUT).read_text())
+    if about.pop("checksum") != checksum_of(about):
+        raise ValueError(f"the checksum of {ABOUT} is wrong")
     if about["schema"] != SCHEMA:
         raise ValueError(f"schema {about['schema']} is not {SCHEMA}")
     for name, sha in about["sha256"].items():
@@ -142,6 +148,7 @@ def _read(folder: Path) -> Checkpoint:
         sent_up=int(about["sent_up"]),
         sent_down=int(about["sent_down"]),
         members=tuple(members),
+        present=tuple(map(int, about["present"])),
     )
     # In the order in which the network has them, which safetensors does not keep.
     arrays = ArrayRecord({name: Array(named[name]) for name in about["names"]})

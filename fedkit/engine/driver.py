@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Protocol, runtime_checkable
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
@@ -21,7 +21,7 @@ from fedkit.engine.roster import Check, Member, Roster
 from fedkit.engine.round_grid import RoundGrid
 from fedkit.engine.strategy import Exchange, FederatedStrategy, exchanges_of
 from fedkit.errors import FedkitError
-from fedkit.flower import payload_bytes
+from fedkit.flower import is_failure, payload_bytes
 from fedkit.registry import load, split
 from fedkit.seeds import numpy_generator
 from fedkit.settings import FederationSettings
@@ -83,17 +83,24 @@ class Driver:
         self._selector = load("selectors", name)(argument)
         self._result = Result()
 
-    def run(self, arrays: ArrayRecord, first_round: int = 1) -> Result:
+    def run(
+        self, arrays: ArrayRecord, first_round: int = 1, awaited: Collection[int] = ()
+    ) -> Result:
         """All rounds, from the global model ``arrays`` (empty where there is none).
 
         Args:
             arrays: where ``first_round`` starts.
             first_round: counted from 1; a later one goes on with a strategy whose state was loaded.
+            awaited: nodes that were in the run when it was broken off; they may need ``rejoin_wait``
+                to come back, and the numbers hang on who takes part.
 
         Raises:
             FedkitError: too few clients are left to go on.
         """
         self._wait_for_clients(None)
+        patience = time.monotonic() + self._settings.rejoin_wait
+        while not set(awaited) <= set(self._grid.get_node_ids()) and time.monotonic() < patience:
+            time.sleep(JOIN_POLL_S)
         if first_round == 1:
             self._round_over(0, arrays)
         for server_round in range(first_round, self._settings.rounds + 1):
@@ -264,7 +271,8 @@ class Driver:
             if reply.has_error():
                 self._silent.add(reply.metadata.src_node_id)
                 text = f"client {client} did not answer: {reply.error.reason}"
-                self._emit(Event("warning", server_round, exchange, client, text))
+                kind = "error" if is_failure(reply) else None
+                self._emit(Event("warning", server_round, exchange, client, text, kind))
                 yield reply
                 continue
             self._answered += 1

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from fedkit.data.names import check_names, resolve_public
 from fedkit.errors import UsageError
 from fedkit.registry import load
+from fedkit.security.settings import ServerSecurity, check_server, is_loopback
 from fedkit.settings import (
     DataSettings,
     FederationSettings,
@@ -34,6 +35,7 @@ class Plan:
         federation: what every client takes over.
         hyper: the strategy's hyper-parameters.
         server: where the server listens and writes.
+        security: how the server is secured; a local run stays on loopback, in plaintext.
         data: where this machine keeps data sets.
         local: the local clients, if `fedkit run` starts them.
     """
@@ -41,6 +43,7 @@ class Plan:
     federation: FederationSettings
     hyper: Any
     server: ServerSettings
+    security: ServerSecurity
     data: DataSettings
     local: RunSettings | None
 
@@ -52,7 +55,7 @@ class Plan:
 
     def values(self) -> dict[str, Value]:
         """All settings by outside name, as ``config.toml`` holds them."""
-        parts = (self.federation, self.hyper, self.server, self.data, self.local)
+        parts = (self.federation, self.hyper, self.server, self.security, self.data, self.local)
         return merge(*(as_config(part) for part in parts if part is not None))
 
 
@@ -75,7 +78,13 @@ def make_plan(values: Mapping[str, Value], *, local: bool = False) -> Plan:
     values = merge(values)
     strategy_name = str(values.get("strategy", build(FederationSettings, {}).strategy))
     strategy: type[FederatedStrategy] = load("strategies", strategy_name)
-    kinds: list[type] = [FederationSettings, strategy.Hyperparameters, ServerSettings, DataSettings]
+    kinds: list[type] = [
+        FederationSettings,
+        strategy.Hyperparameters,
+        ServerSettings,
+        ServerSecurity,
+        DataSettings,
+    ]
     if local:
         kinds.append(RunSettings)
     refuse_unknown(values, kinds)
@@ -97,7 +106,8 @@ def make_plan(values: Mapping[str, Value], *, local: bool = False) -> Plan:
         _check_local(federation, run)
     server = build(ServerSettings, values)
     _check_address(server.listen)
-    plan = Plan(federation, hyper, server, build(DataSettings, values), run)
+    security = _security(values, server, local)
+    plan = Plan(federation, hyper, server, security, build(DataSettings, values), run)
     strategy.check(federation, hyper)
     return plan
 
@@ -116,6 +126,20 @@ def client_models(plan: Plan) -> list[str]:
 def _implied(strategy: type[FederatedStrategy], preset: str) -> dict[str, Value]:
     own = {key(item.name) for item in fields(FederationSettings)}
     return {name: value for name, value in strategy.PRESETS[preset].items() if name in own}
+
+
+def _security(values: Mapping[str, Value], server: ServerSettings, local: bool) -> ServerSecurity:
+    if not local:
+        security = build(ServerSecurity, values)
+        check_server(server.listen, security)
+        return security
+    if not is_loopback(server.listen):
+        raise UsageError(
+            f"`fedkit run` stays on this machine and can't listen on {server.listen}: give --listen "
+            "127.0.0.1:0, or start a `fedkit server` and clients of its own."
+        )
+    # A server's settings may be run again locally, where its certificates are of no use.
+    return ServerSecurity()
 
 
 def _check_address(text: str) -> None:

@@ -50,6 +50,15 @@ class CanDismiss(Protocol):
         ...
 
 
+@runtime_checkable
+class KnowsProcesses(Protocol):
+    """A grid that can tell a restarted client from one that only reconnected."""
+
+    def processes(self) -> dict[int, str]:
+        """A word for each node's present process."""
+        ...
+
+
 Check = Callable[[int, ConfigRecord], str | None]
 
 
@@ -66,6 +75,7 @@ class Roster:
         self._emit = emit
         self._asked: dict[str, int] = {}
         self._turned_away: set[int] = set()
+        self._processes: dict[int, str] = {}
         self.members: dict[int, Member] = {}
 
     def ask_again(self) -> None:
@@ -78,7 +88,8 @@ class Roster:
         waiting = set(self._asked.values())
         # One that went away and comes back, perhaps mended, is asked again.
         self._turned_away &= present
-        new = sorted(present - set(self.members) - waiting - self._turned_away)
+        known = set(self.members) - self._restarted()
+        new = sorted(present - known - waiting - self._turned_away)
         for node_id in new:
             question = Message(RecordDict(), node_id, "query.join", group_id="0")
             (message_id,) = self._grid.push_messages([question])
@@ -87,6 +98,17 @@ class Roster:
             for reply in self._grid.pull_messages(list(self._asked)):
                 node_id = self._asked.pop(reply.metadata.reply_to_message_id)
                 self._take(node_id, reply)
+
+    def _restarted(self) -> set[int]:
+        """Members that are another process now: its data may be others, so it is asked again.
+
+        It stays in meanwhile: what it answers to the round's instructions is awaited.
+        """
+        if not isinstance(self._grid, KnowsProcesses):
+            return set()
+        now = self._grid.processes()
+        before, self._processes = self._processes, {**self._processes, **now}
+        return {node_id for node_id, process in now.items() if before.get(node_id) != process}
 
     def connected(self) -> list[Member]:
         """The members whose node the grid offers now, in client order."""
@@ -109,7 +131,10 @@ class Roster:
         if sentence is None and self._index_taken(member):
             sentence = f"Client {member.client} is in this federation already."
         if sentence is not None:
+            self.members.pop(node_id, None)
             self._refuse(node_id, sentence)
+            return
+        if self.members.get(node_id) == member:
             return
         # A device that lost its state comes back as another node with the same index.
         gone = [n for n, other in self.members.items() if other.client == member.client]

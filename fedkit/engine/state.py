@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from fedkit.durable import make_folder, write_json, write_whole
+from fedkit.durable import checksum_of, make_folder, write_json, write_whole
 from fedkit.errors import FedkitError
 
 if TYPE_CHECKING:
@@ -219,7 +219,7 @@ class FederationState:
             "records": files,
             "sha256": {file: sums[file] for file in sorted(used)},
         }
-        write_json(self.folder / "manifest.json", {**manifest, "checksum": _checksum(manifest)})
+        write_json(self.folder / "manifest.json", {**manifest, "checksum": checksum_of(manifest)})
         self._manifest, self._files, self._kept = manifest, files, marks
         self._replies, self.last_key = replies, key
         self._sweep(used)
@@ -234,7 +234,7 @@ class FederationState:
             self._files, self._commits = dict(manifest["records"]), int(manifest["commit"])
             if version != VERSION:
                 raise FedkitError(f"{file} was written by another version of fedkit.")
-            if manifest.pop("checksum") != _checksum(manifest):
+            if manifest.pop("checksum") != checksum_of(manifest):
                 raise ValueError("its checksum is wrong")
             self.last_key = str(manifest["key"])
             self._replies = {key: (name, at) for key, (name, at) in manifest["replies"].items()}
@@ -289,11 +289,6 @@ def _mark(state: RecordDict, name: str) -> Any:
     if name in state.array_records:
         return _Identity(record)
     return sorted((key, repr(value)) for key, value in record.items())
-
-
-def _checksum(manifest: dict[str, Any]) -> str:
-    text = json.dumps(manifest, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _owner_text(owner: Any) -> str:

@@ -160,7 +160,7 @@ class FederatedStrategy(Strategy):
     def reject(self, server_round: int, exchange: str, member: Member, reason: object) -> None:
         """Leave a reply out and say why; the round goes on with the others."""
         text = f"the reply of {member.name} was left out: {reason}"
-        self.emit(Event("warning", server_round, exchange, member.client, text))
+        self.emit(Event("warning", server_round, exchange, member.client, text, "rejected"))
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid

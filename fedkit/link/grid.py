@@ -7,6 +7,8 @@ import secrets
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
 
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
@@ -29,6 +31,16 @@ from fedkit.link.spool import Reply
 CONTENTS_KEPT = 4
 
 
+@dataclass(frozen=True)
+class _Encoded:
+    """A content, kept so that its id passes to no other; what was in it; and how it travels."""
+
+    content: RecordDict
+    values: dict[str, dict[str, Any]]
+    description: bytes
+    arrays: Parcel
+
+
 class LinkGrid(Grid):
     """Messages by key over a ``LinkServer``.
 
@@ -45,7 +57,7 @@ class LinkGrid(Grid):
         self._process = secrets.token_hex(4)
         self._questions = itertools.count(1)
         self._in_round: Counter[str] = Counter()
-        self._encoded: dict[tuple[int, ...], tuple[RecordDict, bytes, Parcel]] = {}
+        self._encoded: dict[int, _Encoded] = {}
         self._sent: dict[str, Message] = {}
 
     def begin_round(self) -> None:
@@ -96,6 +108,10 @@ class LinkGrid(Grid):
         keys = [self._push(message, deadline) for message in messages]
         return self._in_order(keys, deadline)
 
+    def processes(self) -> dict[int, str]:
+        """The client processes that are connected now, by node."""
+        return self._link.processes()
+
     def dismiss(self, node_id: int, sentence: str) -> None:
         """Send a client away with a sentence."""
         self._link.dismiss(node_id, sentence)
@@ -135,14 +151,16 @@ class LinkGrid(Grid):
 
     def _encode(self, content: RecordDict) -> tuple[bytes, Parcel]:
         """Description and arrays, made and summed once where several clients get the same."""
-        mark = (id(content), *map(id, content.values()))
-        if mark not in self._encoded:
+        # A strategy may send one content to all, and may edit it between two rounds or clients.
+        values = {name: dict(record) for name, record in content.items()}
+        known = self._encoded.pop(id(content), None)
+        if known is None or known.values != values:
             description, *arrays = encode_content(content)
-            while len(self._encoded) >= CONTENTS_KEPT:
-                del self._encoded[next(iter(self._encoded))]
-            # With the content itself, whose id must not pass to another meanwhile.
-            self._encoded[mark] = content, description, Parcel.of(arrays)
-        return self._encoded[mark][1:]
+            known = _Encoded(content, values, description, Parcel.of(arrays))
+        self._encoded[id(content)] = known
+        while len(self._encoded) > CONTENTS_KEPT:
+            del self._encoded[next(iter(self._encoded))]
+        return known.description, known.arrays
 
     def _reply(self, key: str, result: Reply | Lost) -> Message:
         sent = self._sent.pop(key)

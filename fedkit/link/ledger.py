@@ -10,7 +10,6 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedkit.link.frames import Parcel
@@ -21,19 +20,22 @@ if TYPE_CHECKING:
     from fedkit.link.session import Session
 
 TRANSFERS_IN_FLIGHT = 64
+# Clients that are gone are remembered, those that went longest ago least.
+NODES_REMEMBERED = 20_000
 
 
 class Ledger:
     """Nodes, their instructions, and the results that wait to be taken."""
 
-    def __init__(self, nodes: Iterable[Node] = (), spool_folder: Path | None = None) -> None:
+    def __init__(self, nodes: Iterable[Node] = ()) -> None:
         """``nodes``: those of a federation that goes on."""
         self._lock = threading.Condition()
         self._nodes = {node.node_id: node for node in nodes}
         self._by_identity = {node.identity: node for node in self._nodes.values()}
+        self._latest = 1
         self._results: dict[str, Reply | Lost] = {}
         self._slots = TRANSFERS_IN_FLIGHT
-        self.spool = Spool(spool_folder)
+        self.spool = Spool()
         # What the link really carried, by the account that ``send`` named; how instructions ended.
         self.bytes_received: Counter[str] = Counter()
         self.bytes_sent: Counter[str] = Counter()
@@ -62,7 +64,8 @@ class Ledger:
     def next_id(self) -> int:
         """The id of the next node; 1 is the server's own."""
         with self._lock:
-            return max(self._nodes, default=1) + 1
+            self._latest = max(self._latest, *self._nodes, 1) + 1
+            return self._latest
 
     def ask(
         self, node_id: int, key: str, parcel: Parcel, account: str, deadline: float | None
@@ -93,6 +96,7 @@ class Ledger:
             node.refusal = None
             node.unsent.clear()
             node.unsent.extend(node.pending)
+            self._forget_strangers()
 
     def leave(self, node: Node, session: Session) -> bool:
         """That connection ended; tells whether the node is gone for good."""
@@ -185,6 +189,12 @@ class Ledger:
                 if isinstance(result, Reply):
                     result.discard()
         return told
+
+    def _forget_strangers(self) -> None:
+        # Whoever may join could come under ever new identities.
+        gone = [node for node in self._nodes.values() if not node.here]
+        for node in gone[: max(0, len(self._nodes) - NODES_REMEMBERED)]:
+            del self._nodes[node.node_id], self._by_identity[node.identity]
 
     def _drop(self, node: Node, reason: str) -> None:
         for key in list(node.pending):

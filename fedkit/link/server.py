@@ -26,11 +26,13 @@ from fedkit.link.node import Guard, Lost, Node, Refusal, hashed
 from fedkit.link.session import Session
 from fedkit.link.spool import Reply
 
-RECONNECT_GRACE_S = 10.0
+# Longer than a client needs to notice a silent break by itself and come back: keepalive and a pause.
+RECONNECT_GRACE_S = 15.0
 HELLO_WAIT_S = 10.0
 PROBE_WAIT_S = 5.0
 TOKEN_CHECK_S = 5.0
 # Streams that have not greeted yet.
+WORDS, LONGEST_WORD = ("identity", "secret", "session", "name"), 200
 GREETING_AT_ONCE, GREETING_PER_PEER = 1024, 256
 
 Greet = Callable[[dict[str, Any], int], dict[str, Any]]
@@ -52,7 +54,6 @@ class LinkServer:
         services: Sequence[Register] = (),
         grace: float = RECONNECT_GRACE_S,
         limit: int = MAX_MESSAGE_BYTES,
-        spool_folder: Path | None = None,
     ) -> None:
         """A server that is not listening yet.
 
@@ -65,7 +66,6 @@ class LinkServer:
             services: further gRPC services to serve on the same port.
             grace: seconds that a client whose connection ended has to come back.
             limit: the largest message that is taken, in bytes.
-            spool_folder: where early replies wait that are too much for memory.
         """
         self._greet = greet
         self._part = part
@@ -74,7 +74,7 @@ class LinkServer:
         self._services = services
         self._grace = grace
         self._limit = limit
-        self._ledger = Ledger(nodes, spool_folder)
+        self._ledger = Ledger(nodes)
         self._greeting: Counter[str] = Counter()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="link", daemon=True)
@@ -95,6 +95,10 @@ class LinkServer:
         """How many replies were answered, lost, late, duplicate or unasked; greetings refused."""
         return self._ledger.outcomes
 
+    def spool_in(self, folder: Path) -> None:
+        """Let early replies that are too much for memory wait in ``folder``."""
+        self._ledger.spool.folder = folder
+
     def listen(self, address: str) -> str:
         """Bind and serve; returns the address with the port that was taken.
 
@@ -111,6 +115,14 @@ class LinkServer:
     def node_ids(self) -> list[int]:
         """The nodes that are connected now or may still come back, in order of their first join."""
         return self._ledger.present()
+
+    def processes(self) -> dict[int, str]:
+        """The processes that are connected now, by node: another word means that it was restarted."""
+        return {
+            node.node_id: node.session.token
+            for node in self._ledger.nodes()
+            if node.session is not None
+        }
 
     def send(
         self,
@@ -224,8 +236,8 @@ class LinkServer:
             self._greeting[peer] -= 1
             if not self._greeting[peer]:
                 del self._greeting[peer]
-        if kind is not Kind.HELLO or not isinstance(hello.get("identity"), str):
-            raise Refusal(bad, "A session begins with a greeting.")
+        if kind is not Kind.HELLO or not all(_is_word(hello, name) for name in WORDS):
+            raise Refusal(bad, "A session begins with a greeting: who it is, in plain words.")
         if hello.get("protocol") != PROTOCOL:
             raise Refusal(
                 grpc.StatusCode.FAILED_PRECONDITION,
@@ -247,8 +259,8 @@ class LinkServer:
     async def _let_in(
         self, hello: dict[str, Any], context: Any
     ) -> tuple[Node, Session, dict[str, Any]]:
-        identity, name = hello["identity"], str(hello.get("name", "a client"))
-        secret, process = str(hello.get("secret", "")), str(hello.get("session", ""))
+        identity, name = hello["identity"], hello.get("name", "a client")
+        secret, process = hello.get("secret", ""), hello.get("session", "")
         certificate = _common_name(context)
         token = self._guard(hello, certificate) if self._guard is not None else None
         node = self._ledger.find(identity)
@@ -292,6 +304,12 @@ class LinkServer:
 def _wake(node: Node) -> None:
     if node.session is not None:
         node.session.wake()
+
+
+def _is_word(hello: dict[str, Any], name: str) -> bool:
+    """Whether that part of a greeting, which ends up in logs and files, is a short plain text."""
+    text = hello.get(name, None if name == "identity" else "")
+    return isinstance(text, str) and text.isprintable() and len(text) <= LONGEST_WORD
 
 
 def _common_name(context: Any) -> str | None:

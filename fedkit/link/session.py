@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 # A connection that takes not even one more chunk in this time holds up others.
 STALL_S = 60.0
+# Replies that come too late happen; ever more of them on one connection are an attack.
+UNCALLED_FOR = 100
 
 
 class Session:
@@ -44,6 +46,7 @@ class Session:
         self._wake = asyncio.Event()
         self._heard = asyncio.Event()
         self._urgent: deque[bytes] = deque()
+        self._uncalled = 0
         self._wake.set()
 
     def wake(self) -> None:
@@ -135,6 +138,9 @@ class Session:
             await asyncio.to_thread(reply.write_out)
         outcome = self._ledger.answer(self._node, key, reply, carried)
         if outcome in ("late", "unasked"):
+            self._uncalled += 1
+            if self._uncalled > UNCALLED_FOR:
+                raise FrameError(f"it sent {self._uncalled} replies that nobody waits for")
             _log.warning("A reply of %s to %s does not count: %s.", self._node.name, key, outcome)
             self._say(Kind.WITHDRAW, {"key": key})
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from pathlib import Path
 from typing import IO
 
-from fedkit.errors import FedkitError
-
+_log = logging.getLogger(__name__)
 HELD_BYTES = 256 << 20
 SMALL_BYTES = 1 << 20
 
@@ -50,14 +50,15 @@ class Reply:
     def write_out(self) -> None:
         """Move the buffers to a file without a name, which ends with the process.
 
-        Raises:
-            FedkitError: the disk is full.
+        Where there is no room for it they stay in memory: the reply is whole, and was asked for.
         """
         try:
             file = tempfile.TemporaryFile(dir=self._spool.folder)  # noqa: SIM115
             file.writelines(self._buffers or [])
+            file.flush()
         except OSError as error:
-            raise FedkitError(f"A reply can't be put aside on disk: {error.strerror}.") from error
+            _log.warning("A reply can't be put aside on disk: %s.", error.strerror)
+            return
         self._file, self._buffers = file, None
         self._spool.held -= self.size
 

@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export FLWR_TELEMETRY_ENABLED := 0
 
-.PHONY: demo test check wheel-test clean
+.PHONY: demo test check wheel-test network network-table clean
 
 demo: $(VENV)/installed
 	$(BIN)/fedkit run --strategy ktpfl --clients 4 --rounds 10
@@ -21,6 +21,14 @@ check: $(VENV)/installed-dev
 # A wheel as users get it: built, installed elsewhere, two rounds outside the repository.
 wheel-test: $(VENV)/installed-dev
 	$(BIN)/python tests/wheel.py
+
+# Federations on bad networks: delay, loss, low rate, cuts. Linux, as root; four minutes.
+network: $(VENV)/installed-dev
+	$(BIN)/python -m pytest -m network tests/network
+
+# The table of docs/reliability.md.
+network-table: $(VENV)/installed-dev
+	PYTHONPATH=tests $(BIN)/python -m network.measure
 
 $(VENV)/installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

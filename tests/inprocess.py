@@ -69,10 +69,10 @@ class InProcessGrid(Grid):
             key = str(self._count)
             set_message_id(message, key)
             # Through the bytes and back, as on the wire.
-            sent = decode_message(b"".join(encode_message(message)))
+            sent = decode_message(encode_message(message))
             app, context = self.apps[message.metadata.dst_node_id]
             try:
-                reply = decode_message(b"".join(encode_message(app(sent, context))))
+                reply = decode_message(encode_message(app(sent, context)))
             except ValueError as error:
                 reply = error_reply(sent, str(error))
             if self.tamper is not None:

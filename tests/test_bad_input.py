@@ -272,9 +272,16 @@ def test_a_port_in_use_is_a_sentence(cli):
 
 
 def test_an_address_of_another_machine_is_a_sentence(cli):
-    done = cli("server", "--listen", "192.0.2.1:8090", "--run-dir", "out")
+    done = cli("server", "--listen", "192.0.2.1:8090", "--run-dir", "out", "--insecure")
     assert done.status == WORLD
-    assert "192.0.2.1:8090" in done.sentence
+    assert "can't listen on 192.0.2.1:8090" in done.err
+
+
+def test_an_address_that_others_reach_needs_tls(cli):
+    done = cli("server", "--listen", "0.0.0.0:8090", "--run-dir", "out")
+    assert done.status == TYPED
+    assert "TLS" in done.sentence and "fedkit certs init" in done.sentence
+    assert not Path("out").exists()
 
 
 def test_a_local_runs_config_starts_a_server_too(cli):

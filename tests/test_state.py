@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -41,12 +42,12 @@ def opened(folder: Path) -> FederationState:
     return FederationState(folder, OWNER)
 
 
-def kept(folder: Path) -> tuple[str | None, bytes | None, list[bytes]]:
+def kept(folder: Path) -> tuple[str | None, list[bytes] | None, list[bytes]]:
     """What a process that starts now finds: the key, the reply, the records."""
     state = opened(folder)
     back = RecordDict()
     state.restore(back)
-    return state.last_key, state.last_reply, encode_records(back)
+    return state.last_key, state.reply_to(state.last_key or ""), encode_records(back)
 
 
 def files(folder: Path) -> dict[str, tuple[int, bytes]]:
@@ -57,7 +58,7 @@ def files(folder: Path) -> dict[str, tuple[int, bytes]]:
 def test_a_new_folder_holds_nothing(tmp_path):
     state = opened(tmp_path / "state" / "f")
     assert not state.begun
-    assert (state.last_key, state.last_reply) == (None, None)
+    assert (state.last_key, state.last_round, state.reply_to("k")) == (None, None, None)
     content = RecordDict()
     state.restore(content)
     assert not content
@@ -65,10 +66,11 @@ def test_a_new_folder_holds_nothing(tmp_path):
 
 def test_what_was_committed_is_restored(tmp_path):
     content = records(1.5, 4)
-    opened(tmp_path).commit("f/1/train/2/1", [b"the ", b"reply"], content)
+    opened(tmp_path).commit("f/1/train/2/1", [b"the ", b"", b"reply"], content, 1)
     again = opened(tmp_path)
     assert again.begun
-    assert (again.last_key, again.last_reply) == ("f/1/train/2/1", b"the reply")
+    assert (again.last_key, again.last_round) == ("f/1/train/2/1", 1)
+    assert again.reply_to("f/1/train/2/1") == [b"the ", b"", b"reply"]
     back = RecordDict()
     again.restore(back)
     assert encode_records(back) == encode_records(content)
@@ -80,8 +82,8 @@ def test_the_last_commit_counts(tmp_path):
     for number in range(1, 5):
         content["own-model"] = model(float(number))
         content.config_records["progress"]["rounds"] = number
-        state.commit(f"k{number}", [b"reply %d" % number], content)
-    assert kept(tmp_path) == ("k4", b"reply 4", encode_records(content))
+        state.commit(f"k{number}", [b"reply %d" % number], content, number)
+    assert kept(tmp_path) == ("k4", [b"reply 4"], encode_records(content))
 
 
 def test_work_goes_on_after_a_restart(tmp_path):
@@ -90,10 +92,10 @@ def test_work_goes_on_after_a_restart(tmp_path):
     state.restore(content)
     content["own-model"] = model(2.0)
     state.commit("k2", [b"2"], content)
-    assert kept(tmp_path) == ("k2", b"2", encode_records(content))
+    assert kept(tmp_path) == ("k2", [b"2"], encode_records(content))
 
 
-def test_nothing_is_written_when_nothing_changed(tmp_path):
+def test_joining_writes_nothing_when_nothing_changed(tmp_path):
     state, content = opened(tmp_path), records(1.0)
     state.commit("k1", [b"1"], content)
     before = files(tmp_path)
@@ -101,7 +103,7 @@ def test_nothing_is_written_when_nothing_changed(tmp_path):
     assert files(tmp_path) == before
 
 
-def test_nothing_is_written_when_nothing_changed_since_the_restart(tmp_path):
+def test_joining_writes_nothing_when_nothing_changed_since_the_restart(tmp_path):
     opened(tmp_path).commit("k1", [b"1"], records(1.0))
     before = files(tmp_path)
     state, content = opened(tmp_path), RecordDict()
@@ -110,7 +112,7 @@ def test_nothing_is_written_when_nothing_changed_since_the_restart(tmp_path):
     assert files(tmp_path) == before
 
 
-def test_an_instruction_that_keeps_nothing_writes_nothing(tmp_path):
+def test_joining_that_keeps_nothing_writes_nothing(tmp_path):
     opened(tmp_path).commit("k1", [b"1"], RecordDict())
     assert files(tmp_path) == {}
 
@@ -127,6 +129,7 @@ def test_files_of_unchanged_records_are_kept(tmp_path):
         "alone-model.records",
         "progress.records",
         "best.records",
+        "",  # the first reply
     }
     assert kept(tmp_path)[0] == "k2"
 
@@ -137,7 +140,7 @@ def test_an_edited_small_record_is_noticed(tmp_path, name):
     state.commit("k1", [b"1"], content)
     content[name]["more"] = 1
     state.commit("k2", [b"2"], content)
-    assert kept(tmp_path) == ("k2", b"2", encode_records(content))
+    assert kept(tmp_path) == ("k2", [b"2"], encode_records(content))
 
 
 def test_a_value_of_another_type_is_a_change(tmp_path):
@@ -153,14 +156,75 @@ def test_a_removed_record_is_gone_after_a_restart(tmp_path):
     state.commit("k1", [b"1"], content)
     del content["best"]
     state.commit("k2", [b"2"], content)
-    assert kept(tmp_path) == ("k2", b"2", encode_records(content))
+    assert kept(tmp_path) == ("k2", [b"2"], encode_records(content))
 
 
 def test_old_files_do_not_pile_up(tmp_path):
     state = opened(tmp_path)
     for number in range(1, 6):
-        state.commit(f"k{number}", [b"reply"], records(float(number), number))
-    assert len(files(tmp_path)) == 4 + 1 + 1  # the records, the reply, the manifest
+        state.commit(f"k{number}", [b"reply"], records(float(number), number), number)
+    assert len(files(tmp_path)) == 4 + 2 + 1  # the records, the replies of two rounds, the manifest
+
+
+def test_the_replies_of_the_last_two_rounds_are_told_again_after_a_restart(tmp_path):
+    """A server goes on from its last checkpoint, or from the one before it."""
+    state, content = opened(tmp_path), records(1.0)
+    done = [(f"f/{at}/{kind}", at) for at in (1, 2, 3) for kind in ("local", "evaluate")]
+    for key, at in done:
+        state.commit(key, [key.encode()], content, at)
+    for one in (state, opened(tmp_path)):
+        replies = {key: one.reply_to(key) for key, _ in done}
+        assert replies == {key: [key.encode()] if at > 1 else None for key, at in done}
+        assert (one.last_key, one.last_round) == ("f/3/evaluate", 3)
+    assert len([name for name in files(tmp_path) if name.endswith(".reply")]) == 4
+
+
+def test_an_answer_that_changes_nothing_is_kept_all_the_same(tmp_path):
+    """Measuring changes no model; a repeated round asks for it again nevertheless."""
+    state, content = opened(tmp_path), records(1.0)
+    state.commit("k1", [b"1"], content, 1)
+    state.commit("k2", [b"2"], content, 1)
+    assert opened(tmp_path).reply_to("k2") == [b"2"]
+
+
+def test_a_round_that_is_repeated_keeps_the_replies_after_it(tmp_path):
+    """The server went back by one round; what the client did after that may be asked again, too."""
+    state, content = opened(tmp_path), records(1.0)
+    for at in (1, 2, 3):
+        state.commit(f"k{at}", [b"%d" % at], content, at)
+    state.commit("k2", [b"again"], content, 2)
+    assert [opened(tmp_path).reply_to(f"k{at}") for at in (1, 2, 3)] == [None, [b"again"], [b"3"]]
+
+
+def test_joining_anew_costs_none_of_the_kept_replies(tmp_path):
+    state = opened(tmp_path)
+    state.commit("k1", [b"1"], records(1.0), 1)
+    state.commit("k2", [b"2"], records(2.0), 2)
+    state.commit("join", [b"joined"], records(3.0), 0)
+    assert [opened(tmp_path).reply_to(key) for key in ("k1", "k2")] == [[b"1"], [b"2"]]
+
+
+@pytest.mark.parametrize(
+    "name", ["a/b", "../up", "/", ".", "with space", "ü", "%2F", "a%2Fb"], ids=repr
+)
+def test_any_name_of_a_record_is_kept_within_the_folder(tmp_path, name):
+    folder = tmp_path / "f"
+    content = RecordDict({name: model(1.0), "other": model(2.0)})
+    opened(folder).commit("k", [b"1"], content, 1)
+    assert kept(folder)[2] == encode_records(content)
+    assert list(tmp_path.iterdir()) == [folder]
+    assert all(entry.is_file() for entry in folder.iterdir())
+    state, again = opened(folder), RecordDict()
+    state.restore(again)
+    again[name] = model(3.0)
+    state.commit("k2", [b"2"], again, 2)
+    assert kept(folder)[2] == encode_records(again)
+
+
+def test_names_that_look_alike_on_disk_are_told_apart(tmp_path):
+    content = RecordDict({"a/b": model(1.0), "a%2Fb": model(2.0), "a_b": model(3.0)})
+    opened(tmp_path).commit("k", [b"1"], content, 1)
+    assert kept(tmp_path)[2] == encode_records(content)
 
 
 def test_a_folder_of_another_owner_is_refused(tmp_path):
@@ -227,16 +291,16 @@ def test_a_kill_at_any_instant_leaves_the_old_state_or_the_new(tmp_path, monkeyp
         killed = commit_killed_after(monkeypatch, folder, new, writes, rest=rest)
         found = kept(folder)
         if found[0] == "old":
-            assert found == ("old", b"old reply", encode_records(records(1.0, 1)))
+            assert found == ("old", [b"old reply"], encode_records(records(1.0, 1)))
         else:
-            assert found == ("new", b"new reply", encode_records(new))
+            assert found == ("new", [b"new reply"], encode_records(new))
         seen.append(found[0])
         # What was left behind is in nobody's way.
         state, content = opened(folder), RecordDict()
         state.restore(content)
         content["own-model"] = model(3.0)
         state.commit("next", [b"next reply"], content)
-        assert kept(folder) == ("next", b"next reply", encode_records(content))
+        assert kept(folder) == ("next", [b"next reply"], encode_records(content))
         if not killed:
             break
     # Three records, the reply and the manifest; only with the last of them it counts.
@@ -260,7 +324,7 @@ def test_a_kill_before_the_old_files_are_removed_leaves_the_new_state(tmp_path, 
         patch.setattr(Path, "unlink", killed)
         with pytest.raises(Killed):
             state.commit("new", [b"new"], content)
-    assert kept(tmp_path) == ("new", b"new", encode_records(content))
+    assert kept(tmp_path) == ("new", [b"new"], encode_records(content))
 
 
 def test_a_full_disk_is_a_sentence_and_the_old_state_still_counts(tmp_path, monkeypatch):
@@ -278,7 +342,7 @@ def test_a_full_disk_is_a_sentence_and_the_old_state_still_counts(tmp_path, monk
             state.commit("new", [b"new"], content)
     assert files(tmp_path) == before
     state.commit("new", [b"new"], content)
-    assert kept(tmp_path) == ("new", b"new", encode_records(content))
+    assert kept(tmp_path) == ("new", [b"new"], encode_records(content))
 
 
 @pytest.mark.parametrize("before", ["old", None])
@@ -332,8 +396,8 @@ def test_a_missing_or_cut_file_is_noticed(tmp_path, ending):
         kept(tmp_path)
 
 
-def test_a_manifest_with_any_byte_flipped_is_read_right_or_refused_in_a_sentence(tmp_path):
-    opened(tmp_path).commit("k", [b"the reply"], records(1.0))
+def test_a_manifest_with_any_byte_flipped_is_refused_in_a_sentence(tmp_path):
+    opened(tmp_path).commit("k", [b"the reply"], records(1.0), 1)
     file = tmp_path / "manifest.json"
     whole = file.read_bytes()
     for at in range(len(whole)):
@@ -344,8 +408,18 @@ def test_a_manifest_with_any_byte_flipped_is_read_right_or_refused_in_a_sentence
             kept(tmp_path)
         except FedkitError:
             continue
-        except Exception as error:
-            pytest.fail(f"byte {at} ({whole[max(0, at - 9) : at + 9]!r}): {error!r}")
+        pytest.fail(f"byte {at} ({whole[max(0, at - 9) : at + 9]!r}) was not missed")
+
+
+@pytest.mark.parametrize("field", ["commit", "key", "replies", "records", "sha256"])
+def test_a_manifest_that_was_edited_is_refused(tmp_path, field):
+    opened(tmp_path).commit("k", [b"the reply"], records(1.0), 1)
+    file = tmp_path / "manifest.json"
+    manifest = json.loads(file.read_text())
+    other = {"commit": 7, "key": "other"}.get(field, {})
+    file.write_text(json.dumps({**manifest, field: other}))
+    with pytest.raises(FedkitError, match="checksum"):
+        opened(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -361,15 +435,18 @@ def test_a_manifest_that_is_none_is_refused(tmp_path, text):
 
 def test_a_manifest_cannot_name_files_elsewhere(tmp_path):
     folder = tmp_path / "f"
-    opened(folder).commit("k", [b"the reply"], records(1.0))
+    opened(folder).commit("k", [b"the reply"], records(1.0), 1)
     secret = tmp_path / "secret"
     secret.write_bytes(b"secret")
     file = folder / "manifest.json"
     manifest = json.loads(file.read_text())
-    manifest["reply"] = "../secret"
+    del manifest["checksum"]
+    manifest["replies"]["k"][0] = "../secret"
+    manifest["sha256"]["../secret"] = hashlib.sha256(b"secret").hexdigest()
+    manifest["checksum"] = state_module._checksum(manifest)
     file.write_text(json.dumps(manifest))
-    with pytest.raises(FedkitError):
-        opened(folder)
+    with pytest.raises(FedkitError, match="can't be read"):
+        opened(folder).reply_to("k")
 
 
 # The directory and who owns it.
@@ -436,6 +513,32 @@ def test_a_directory_in_use_is_refused(tmp_path):
         StateDirectory(tmp_path)
     first.close()
     StateDirectory(tmp_path).close()
+
+
+def test_set_aside_moves_the_federations_and_keeps_the_device(tmp_path):
+    directory = StateDirectory(tmp_path)
+    identity = directory.identity()
+    assert directory.set_aside() is None
+    for name in ("f1", "f2"):
+        opened(tmp_path / name).commit("k", [name.encode()], records(1.0), 1)
+    (tmp_path / "notes").mkdir()
+    aside = directory.set_aside()
+    assert aside is not None and aside.parent == tmp_path
+    assert sorted(entry.name for entry in aside.iterdir()) == ["f1", "f2"]
+    assert kept(aside / "f2") == ("k", [b"f2"], encode_records(records(1.0)))
+    assert sorted(entry.name for entry in tmp_path.iterdir() if entry != aside) == [
+        "identity.json",
+        "lock",
+        "notes",
+    ]
+    assert directory.identity() == identity
+    # Another model may begin now where the old one was; a second time nothing is overwritten.
+    FederationState(tmp_path / "f1", {"model": "cnn", "shard": 0}).commit("k", [], records(2.0), 1)
+    again = directory.set_aside()
+    assert again is not None and again != aside
+    assert kept(aside / "f1")[1] == [b"f1"]
+    assert directory.set_aside() is None
+    directory.close()
 
 
 HOLD = """

@@ -58,6 +58,7 @@ def _about(thing: Any) -> str:
 
 def _settings(strategy: str) -> list[dict[str, Any]]:
     from fedkit.cli.options import describe
+    from fedkit.security.settings import ServerSecurity
     from fedkit.settings import (
         DataSettings,
         FederationSettings,
@@ -73,6 +74,7 @@ def _settings(strategy: str) -> list[dict[str, Any]]:
         kind.Hyperparameters,
         FederationSettings,
         ServerSettings,
+        ServerSecurity,
         DataSettings,
         RunSettings,
     ):

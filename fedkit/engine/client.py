@@ -143,6 +143,8 @@ class Client:
                 "The server was started anew, with another federation: start this client again to "
                 "take part in that (--stay does so by itself)."
             )
+        if welcome.get("notice"):
+            _log.warning("%s", str(welcome["notice"])[:500])
         if before is None:
             shard = welcome["node_config"]["partition-id"]
             _log.info("Connected to %s, shard %s.", plan.server, shard)

@@ -14,6 +14,8 @@ _COMMON = [
     ("grpc.max_send_message_length", MAX_FRAME_BYTES),
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 10_000),
+    # Where a ping is answered late keepalive would otherwise wait a minute for it.
+    ("grpc.http2.ping_timeout_ms", 10_000),
     ("grpc.http2.max_pings_without_data", 0),
 ]
 SERVER_OPTIONS = [

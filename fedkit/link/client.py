@@ -32,7 +32,7 @@ from fedkit.link.frames import (
 from fedkit.link.frames import parse as parse_frame
 
 FIRST_PAUSE_S = 0.2
-LONGEST_PAUSE_S = 10.0
+LONGEST_PAUSE_S = 5.0
 GOODBYE_WAIT_S = 3.0
 TRIES = 4
 _log = logging.getLogger(__name__)

@@ -8,6 +8,7 @@ again and answers from memory if it has done it already (at-least-once, with ide
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -25,14 +26,16 @@ from fedkit.link.ledger import Ledger
 from fedkit.link.node import Guard, Lost, Node, Refusal, hashed
 from fedkit.link.session import Session
 from fedkit.link.spool import Reply
+from fedkit.security.credentials import peer_name, peer_warning
 
+_log = logging.getLogger(__name__)
 # Longer than a client needs to notice a silent break by itself and come back: keepalive and a pause.
 RECONNECT_GRACE_S = 15.0
 HELLO_WAIT_S = 10.0
 PROBE_WAIT_S = 5.0
 TOKEN_CHECK_S = 5.0
-# Streams that have not greeted yet.
 WORDS, LONGEST_WORD = ("identity", "secret", "session", "name"), 200
+# Streams that have not greeted yet.
 GREETING_AT_ONCE, GREETING_PER_PEER = 1024, 256
 
 Greet = Callable[[dict[str, Any], int], dict[str, Any]]
@@ -199,6 +202,10 @@ class LinkServer:
         assert self._server is not None
         # The streams end by themselves once the goodbye is read.
         await self._server.stop(grace=3.0)
+        rest = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in rest:
+            task.cancel()
+        await asyncio.gather(*rest, return_exceptions=True)
 
     async def _serve(self, requests: Any, context: Any) -> None:
         try:
@@ -261,7 +268,7 @@ class LinkServer:
     ) -> tuple[Node, Session, dict[str, Any]]:
         identity, name = hello["identity"], hello.get("name", "a client")
         secret, process = hello.get("secret", ""), hello.get("session", "")
-        certificate = _common_name(context)
+        certificate = peer_name(context.auth_context())
         token = self._guard(hello, certificate) if self._guard is not None else None
         node = self._ledger.find(identity)
         if node is not None:
@@ -285,7 +292,11 @@ class LinkServer:
         if node.session is not None:
             node.session.end()
         self._ledger.enter(node, session)
-        return node, session, {**welcome, "node_id": node_id}
+        # A device that nobody can reach should say by itself that its certificate will end.
+        notice = peer_warning(context.auth_context()) if certificate is not None else None
+        if notice is not None:
+            _log.warning("%s: %s", name, notice)
+        return node, session, {**welcome, "node_id": node_id, "notice": notice}
 
     def _give_up(self, node: Node, lost_at: float) -> None:
         reason = f"it vanished and did not come back in {self._grace:g} seconds"
@@ -310,12 +321,6 @@ def _is_word(hello: dict[str, Any], name: str) -> bool:
     """Whether that part of a greeting, which ends up in logs and files, is a short plain text."""
     text = hello.get(name, None if name == "identity" else "")
     return isinstance(text, str) and text.isprintable() and len(text) <= LONGEST_WORD
-
-
-def _common_name(context: Any) -> str | None:
-    """The name in the client's certificate, which gRPC has verified; None without one."""
-    names = context.auth_context().get("x509_common_name", ())
-    return next((bytes(name).decode(errors="replace") for name in names), None)
 
 
 def _details(refusal: Refusal) -> str:

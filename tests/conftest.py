@@ -1,0 +1,25 @@
+"""What several test files share."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+# As `fedkit` sets it itself: gRPC writes lines of its own else, where a sentence is expected.
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+
+import pytest
+from hypothesis import settings
+from links import Served
+
+# How long an example takes is the machine's business.
+settings.register_profile("fedkit", deadline=None)
+settings.load_profile("fedkit")
+
+
+@pytest.fixture
+def served(request: pytest.FixtureRequest) -> Iterator[Served]:
+    """A listening server; ``links.serving`` gives it options."""
+    one = Served(**getattr(request, "param", {}))
+    yield one
+    one.close()

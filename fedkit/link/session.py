@@ -41,10 +41,10 @@ class Session:
         self._ledger = ledger
         self._node = node
         self._context = context
-        self._task = asyncio.current_task()
         self._assembler = Assembler(limit)
         self._wake = asyncio.Event()
         self._heard = asyncio.Event()
+        self._taken_over = asyncio.Event()
         self._urgent: deque[bytes] = deque()
         self._uncalled = 0
         self._wake.set()
@@ -54,9 +54,8 @@ class Session:
         self._wake.set()
 
     def end(self) -> None:
-        """Cut it: another connection takes over."""
-        if self._task is not None:
-            self._task.cancel()
+        """Another connection of the same device takes over."""
+        self._taken_over.set()
 
     def withdraw(self, key: str) -> None:
         """Tell the client that nobody waits for that reply, and hold no more of it."""
@@ -76,18 +75,23 @@ class Session:
     async def run(self, welcome: dict[str, Any]) -> None:
         """Carry messages until the client leaves, vanishes, is sent away, or the run is over."""
         await self._context.write(frame(Kind.WELCOME, welcome))
-        reader = asyncio.create_task(self._read())
-        writer = asyncio.create_task(self._write())
+        tasks = [
+            asyncio.create_task(part)
+            for part in (self._read(), self._write(), self._taken_over.wait())
+        ]
         try:
-            await asyncio.wait((reader, writer), return_when=asyncio.FIRST_COMPLETED)
-            for task in (reader, writer):
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            if self._taken_over.is_set():
+                sentence = "Another process of this device has taken over."
+                await self._context.abort(grpc.StatusCode.ALREADY_EXISTS, sentence)
+            for task in tasks:
                 fault = task.exception() if task.done() and not task.cancelled() else None
                 if fault is not None and not isinstance(fault, grpc.RpcError):
                     await self._fail(fault)
         finally:
-            for task in (reader, writer):
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(reader, writer, return_exceptions=True)
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _fail(self, fault: BaseException) -> None:
         name = self._node.name

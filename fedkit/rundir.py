@@ -55,7 +55,7 @@ class RunDirectory:
             UsageError: a run is in it already, or none to go on with.
             FedkitError: it can't be written, or another server is at work in it.
         """
-        if (path / "metrics.jsonl").exists() != resume:
+        if has_begun(path) != resume:
             raise UsageError(
                 f"{path} holds no run that could be resumed."
                 if resume
@@ -119,6 +119,12 @@ class RunDirectory:
         """No more events."""
         self._metrics.close()
         self._lock.close()
+
+
+def has_begun(path: Path) -> bool:
+    """Whether a run has recorded anything there; one that was killed before that never was."""
+    file = path / "metrics.jsonl"
+    return file.exists() and file.stat().st_size > 0
 
 
 def read_events(path: Path, *, everything: bool = False) -> list[dict[str, Any]]:

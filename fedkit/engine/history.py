@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable
@@ -44,13 +45,16 @@ class History:
     def take(self, event: Event) -> None:
         """Take one event in."""
         round, client, name = event.round or 0, event.client, event.name or ""
+        # A diverged model's measurement is null in the file from which a resumed run reads it back.
+        broken = isinstance(event.value, float) and not math.isfinite(event.value)
+        value = None if broken else event.value
         if event.event == REWIND:
             self._forget(round)
         if event.event in IN_DIGEST:
-            fields = [event.event, round, event.exchange, client, name, event.value, event.n]
+            fields = [event.event, round, event.exchange, client, name, value, event.n]
             self._lines[round].append(json.dumps(fields))
         if event.event == "metric":
-            self._metrics[round][client][name] = float(event.value)
+            self._metrics[round][client][name] = math.nan if value is None else float(value)
         elif event.event == "bytes" and event.exchange not in APART:
             self._bytes[name][round, client] += event.value
         elif event.event == "timing" and name == "cpu-seconds":

@@ -13,7 +13,7 @@ from fedkit.engine.events import Event
 from fedkit.engine.history import History
 from fedkit.engine.plan import Plan, make_plan
 from fedkit.errors import UsageError
-from fedkit.rundir import read_events
+from fedkit.rundir import has_begun, read_events
 from fedkit.security.settings import ServerSecurity
 from fedkit.settings import (
     DataSettings,
@@ -41,7 +41,7 @@ _FREE = frozenset(
 
 def can_resume(run: Path) -> bool:
     """Whether a run was begun in that folder."""
-    return all((run / name).exists() for name in ("config.toml", "metrics.jsonl", "nodes.json"))
+    return has_begun(run) and all((run / name).exists() for name in ("config.toml", "nodes.json"))
 
 
 def is_over(plan: Plan) -> bool:

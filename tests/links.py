@@ -108,7 +108,7 @@ class Raw:
             address, options=[("grpc.use_local_subchannel_pool", 1)]
         )
         stream: Any = self._channel.stream_stream(METHOD)
-        self._call = stream(iter(self._outbox.get, None), timeout=LONG)
+        self._call = stream(iter(self._outbox.get, None), timeout=LONG / 2)
 
     def send(self, *data: bytes) -> Raw:
         for one in data:
@@ -157,7 +157,9 @@ class Raw:
         with suppress(grpc.RpcError):
             for _ in self._call:
                 continue
-        return self._call.code(), self._call.details()
+        code, details = self._call.code(), self._call.details()
+        assert code is not grpc.StatusCode.DEADLINE_EXCEEDED, "the server does not end it"
+        return code, details
 
     def vanish(self) -> None:
         self._call.cancel()

@@ -75,7 +75,8 @@ def test_the_check_sees_lazy_imports(tmp_path):
 )
 def test_starting_loads_neither_torch_nor_flower(module):
     """`fedkit --help` answers at once, and a client that waits for an instruction stays small."""
-    heavy = ("torch", "flwr", "torchvision", "sklearn", "pandas")
+    heavy = ("torch", "flwr", "torchvision", "sklearn", "pandas", "numpy", "cryptography", "onnx")
+    heavy += ("prometheus_client", "google.protobuf", "grpc_health.v1")
     code = f"import sys, {module}; print(sorted(set({heavy}) & set(sys.modules)))"
     ran = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT

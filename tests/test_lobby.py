@@ -9,15 +9,17 @@ import pytest
 
 from fedkit import __version__
 from fedkit.engine.lobby import Lobby
-from fedkit.link.server import Refusal
+from fedkit.link.node import Refusal
 from fedkit.settings import FederationSettings, as_config
 
 SETTINGS = FederationSettings(num_shards=3, dataset="digits", partition="iid", model="lenet")
 
 
-def lobby(*, one_model: bool = False, **changes: Any) -> Lobby:
+def lobby(
+    *, one_model: bool = False, shards: dict[int, int] | None = None, **changes: Any
+) -> Lobby:
     settings = FederationSettings(**{**vars(SETTINGS), **changes})
-    return Lobby(settings, "f00d", one_model=one_model)
+    return Lobby(settings, "f00d", one_model=one_model, shards=shards)
 
 
 def shard(where: Lobby, node_id: int, wanted: Any = None, **config: Any) -> int:
@@ -149,6 +151,30 @@ def test_a_holder_whose_shard_went_to_another_takes_what_is_left():
     shard(where, 3, 0)
     assert refused(where, 2, 0).status is grpc.StatusCode.ALREADY_EXISTS
     assert shard(where, 2) == 1
+
+
+def test_a_resumed_federation_knows_who_holds_what():
+    where = lobby(shards={2: 5, 0: 7})
+    assert where.shards() == {2: 5, 0: 7}
+    assert shard(where, 7) == 0
+    assert shard(where, 5, 2) == 2
+    assert refused(where, 8, 2).status is grpc.StatusCode.ALREADY_EXISTS
+    assert shard(where, 8) == 1
+    assert where.shards() == {2: 5, 0: 7, 1: 8}
+
+
+def test_a_newcomer_takes_no_shard_whose_holder_may_come_back_while_one_is_free():
+    where = lobby(shards={0: 5, 1: 7})
+    assert shard(where, 8) == 2
+    assert shard(where, 7) == 1
+    # All are taken or kept for somebody: the device that has not come back yields.
+    assert shard(where, 9) == 0
+    assert refused(where, 10).status is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+def test_a_resumed_holder_cannot_change_its_shard():
+    where = lobby(shards={1: 5})
+    assert refused(where, 5, 0).status is grpc.StatusCode.INVALID_ARGUMENT
 
 
 def test_each_shard_has_one_holder_whatever_happens():

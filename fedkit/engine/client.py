@@ -145,7 +145,7 @@ class Client:
             )
         if welcome.get("notice"):
             _log.warning("%s", str(welcome["notice"])[:500])
-        if before is None:
+        if before is None or not before.fits(welcome):
             shard = welcome["node_config"]["partition-id"]
             _log.info("Connected to %s, shard %s.", plan.server, shard)
             node_config: dict[str, Value] = {

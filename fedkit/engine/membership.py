@@ -50,6 +50,15 @@ class Membership:
         self._context: Context | None = None
         self._app: ClientApp | None = None
 
+    def fits(self, welcome: dict[str, Any]) -> bool:
+        """Whether the server still says the same of the federation and of this device's part in it.
+
+        One that was resumed may have other settings (``--rounds``); one that was killed before it had
+        written the device down may give it another shard.
+        """
+        said = "node_id", "node_config", "run_config"
+        return all(welcome[name] == self._welcome[name] for name in said)
+
     @property
     def model_path(self) -> Path | None:
         """Where the client's own model is, once it was exported."""

@@ -12,7 +12,8 @@ from fedkit.engine.checkpoint import Checkpoint, Checkpoints
 from fedkit.engine.events import Event
 from fedkit.engine.history import History
 from fedkit.engine.plan import Plan, make_plan
-from fedkit.errors import UsageError
+from fedkit.engine.state import ROUNDS_KEPT
+from fedkit.errors import FedkitError, UsageError
 from fedkit.rundir import has_begun, read_events
 from fedkit.security.settings import ServerSecurity
 from fedkit.settings import (
@@ -83,11 +84,25 @@ def last_good(run: Path, history: History) -> Checkpoint | None:
     """The newest checkpoint that is whole and fits the recorded events, which ``history`` takes in.
 
     None if the run was stopped before its first.
+
+    Raises:
+        FedkitError: the checkpoints that are left are too old: clients would train again on models that
+            have gone on since.
     """
+    begun = 0
     for record in read_events(run, everything=True):
         history.take(Event(**{name: value for name, value in record.items() if name != "time"}))
+        begun = max(begun, record["round"] or 0)
+    found = None
     for checkpoint in Checkpoints(run).newest():
         if history.digest(until=checkpoint.progress.round) == checkpoint.progress.digest:
-            return checkpoint
+            found = checkpoint
+            break
         _log.warning("%s does not fit what metrics.jsonl holds: passed over.", checkpoint.folder)
-    return None
+    done = found.progress.round if found is not None else 0
+    if begun - done > ROUNDS_KEPT:
+        raise FedkitError(
+            f"{run} was in round {begun}, and no checkpoint after round {done} is whole: clients can "
+            f"repeat {ROUNDS_KEPT} rounds and no more. Restore {run / 'checkpoints'}, or start a new run."
+        )
+    return found

@@ -6,6 +6,7 @@ lock. An instruction stays pending until it is answered, withdrawn, or its clien
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from collections import Counter
@@ -35,6 +36,7 @@ class Ledger:
         self._latest = 1
         self._results: dict[str, Reply | Lost] = {}
         self._slots = TRANSFERS_IN_FLIGHT
+        self._announced = False
         self.spool = Spool()
         # What the link really carried, by the account that ``send`` named; how instructions ended.
         self.bytes_received: Counter[str] = Counter()
@@ -109,7 +111,6 @@ class Ledger:
                 self._drop(node, "it left" if node.left else "it was sent away")
             else:
                 node.lost_at = time.monotonic()
-            self._lock.notify_all()
             return over
 
     def give_up(self, node: Node, lost_at: float, reason: str) -> bool:
@@ -211,9 +212,25 @@ class Ledger:
         if instruction.has_slot:
             instruction.has_slot = False
             self._slots += 1
-            self._lock.notify_all()
+            self._announce()
 
     def _settle(self, key: str, result: Reply | Lost, outcome: str) -> None:
         self.outcomes[outcome] += 1
         self._results[key] = result
-        self._lock.notify_all()
+        self._announce()
+
+    def _announce(self) -> None:
+        """Wake who waits; on the loop once for all that happens in one go, since waking costs most."""
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            self._lock.notify_all()
+            return
+        if not self._announced:
+            self._announced = True
+            loop.call_soon(self._tell)
+
+    def _tell(self) -> None:
+        with self._lock:
+            self._announced = False
+            self._lock.notify_all()

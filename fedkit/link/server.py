@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ _log = logging.getLogger(__name__)
 RECONNECT_GRACE_S = 15.0
 HELLO_WAIT_S = 10.0
 PROBE_WAIT_S = 5.0
-TOKEN_CHECK_S = 5.0
+LOOK_AROUND_S = 2.0
 CLOSE_WAIT_S = 2.0
 WORDS, LONGEST_WORD = ("identity", "secret", "session", "name"), 200
 # Streams that have not greeted yet.
@@ -80,6 +80,8 @@ class LinkServer:
         self._limit = limit
         self._ledger = Ledger(nodes)
         self._greeting: Counter[str] = Counter()
+        self._to_wake: deque[Node] = deque()
+        self._waking = False
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="link", daemon=True)
         self._server: grpc.aio.Server | None = None
@@ -148,7 +150,11 @@ class LinkServer:
         parcel = parcel if isinstance(parcel, Parcel) else Parcel.of(parcel)
         node = self._ledger.ask(node_id, key, parcel, account, deadline)
         if node is not None:
-            self._loop.call_soon_threadsafe(_wake, node)
+            self._to_wake.append(node)
+            # One call into the loop for all that is sent in one go.
+            if not self._waking:
+                self._waking = True
+                self._loop.call_soon_threadsafe(self._wake_all)
 
     def take(self, keys: Iterable[str], deadline: float | None) -> dict[str, Reply | Lost]:
         """Results for some of ``keys``: at least one, unless the monotonic deadline has passed."""
@@ -173,6 +179,11 @@ class LinkServer:
         self._thread.join()
         self._loop.close()
 
+    def _wake_all(self) -> None:
+        self._waking = False
+        while self._to_wake:
+            _wake(self._to_wake.popleft())
+
     async def _listen(self, address: str) -> str:
         self._server = grpc.aio.server(options=SERVER_OPTIONS)
         handler: Any = grpc.stream_stream_rpc_method_handler(self._serve)
@@ -193,7 +204,7 @@ class LinkServer:
                 "address is not this machine's; choose another with --listen."
             ) from error
         await self._server.start()
-        self._loop.call_later(TOKEN_CHECK_S, self._check_tokens)
+        self._loop.call_later(LOOK_AROUND_S, self._look_around)
         return f"{address.rpartition(':')[0]}:{port}"
 
     async def _close(self, sentence: str, ok: bool) -> None:
@@ -304,13 +315,14 @@ class LinkServer:
         if self._ledger.give_up(node, lost_at, reason):
             self._part(node.node_id)
 
-    def _check_tokens(self) -> None:
+    def _look_around(self) -> None:
         for node in self._ledger.nodes():
-            if self._guard is None or node.token is None or node.session is None:
+            if node.session is None:
                 continue
-            if self._guard.revoked(node.token):
+            node.session.check()
+            if self._guard and node.token is not None and self._guard.revoked(node.token):
                 self.dismiss(node.node_id, "This device's join token was revoked.")
-        self._loop.call_later(TOKEN_CHECK_S, self._check_tokens)
+        self._loop.call_later(LOOK_AROUND_S, self._look_around)
 
 
 def _wake(node: Node) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
+import time
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
@@ -44,7 +46,9 @@ class Session:
         self._assembler = Assembler(limit)
         self._wake = asyncio.Event()
         self._heard = asyncio.Event()
-        self._taken_over = asyncio.Event()
+        self._ended = asyncio.Event()
+        self._verdict: tuple[grpc.StatusCode, str] | None = None
+        self._writing_since = math.inf
         self._urgent: deque[bytes] = deque()
         self._uncalled = 0
         self._wake.set()
@@ -55,7 +59,18 @@ class Session:
 
     def end(self) -> None:
         """Another connection of the same device takes over."""
-        self._taken_over.set()
+        sentence = "Another process of this device has taken over."
+        self._cut(grpc.StatusCode.ALREADY_EXISTS, sentence)
+
+    def check(self) -> None:
+        """Cut it if the client takes nothing any more; called now and then."""
+        if time.monotonic() - self._writing_since > STALL_S:
+            _log.warning("%s takes nothing any more: its connection is cut.", self._node.name)
+            self._cut(grpc.StatusCode.UNAVAILABLE, "The connection stands still.")
+
+    def _cut(self, status: grpc.StatusCode, sentence: str) -> None:
+        self._verdict = status, sentence
+        self._ended.set()
 
     def withdraw(self, key: str) -> None:
         """Tell the client that nobody waits for that reply, and hold no more of it."""
@@ -76,31 +91,27 @@ class Session:
         """Carry messages until the client leaves, vanishes, is sent away, or the run is over."""
         await self._context.write(frame(Kind.WELCOME, welcome))
         tasks = [
-            asyncio.create_task(part)
-            for part in (self._read(), self._write(), self._taken_over.wait())
+            asyncio.create_task(part) for part in (self._read(), self._write(), self._ended.wait())
         ]
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            if self._taken_over.is_set():
-                sentence = "Another process of this device has taken over."
-                await self._context.abort(grpc.StatusCode.ALREADY_EXISTS, sentence)
-            for task in tasks:
-                fault = task.exception() if task.done() and not task.cancelled() else None
-                if fault is not None and not isinstance(fault, grpc.RpcError):
-                    await self._fail(fault)
         finally:
+            # First of all: gRPC takes no verdict while something is being written.
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+        if self._verdict is not None:
+            await self._context.abort(*self._verdict)
+        for task in tasks:
+            fault = None if task.cancelled() else task.exception()
+            if fault is not None and not isinstance(fault, grpc.RpcError):
+                await self._fail(fault)
 
     async def _fail(self, fault: BaseException) -> None:
         name = self._node.name
         if isinstance(fault, FrameError):
             _log.warning("%s sent nonsense: %s.", name, fault)
             await self._context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"{fault}.")
-        if isinstance(fault, TimeoutError):
-            _log.warning("%s takes nothing any more: its connection is cut.", name)
-            await self._context.abort(grpc.StatusCode.UNAVAILABLE, "The connection stands still.")
         sentence = f"The server's own code failed with {type(fault).__name__}: {fault}."
         _log.error("The session of %s ended: %s", name, sentence)
         _log.debug("This is where.", exc_info=fault)
@@ -176,5 +187,6 @@ class Session:
             await self._put(self._urgent.popleft())
 
     async def _put(self, data: bytes) -> None:
-        async with asyncio.timeout(STALL_S):
-            await self._context.write(data)
+        self._writing_since = time.monotonic()
+        await self._context.write(data)
+        self._writing_since = math.inf

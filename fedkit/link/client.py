@@ -128,6 +128,8 @@ class LinkClient:
                 raise value
             elif not self._over.is_set():  # nobody waits for an answer after the goodbye
                 self._work(work, *value)
+            # Not held while waiting for the next: it may be a model.
+            del value
         if not goodbye.get("ok", True):
             raise FedkitError(str(goodbye.get("reason", "")))
         return str(goodbye.get("reason", ""))
@@ -139,6 +141,7 @@ class LinkClient:
                 self._withdrawn.discard(key)
                 self._known.discard(key)
                 return
+            self._last = None
         answer = work(key, buffers)
         parcel = Parcel.of(answer.buffers)
         with self._lock:
@@ -262,6 +265,7 @@ class LinkClient:
                     raise FrameError(f"a server does not send {kind.name}")
                 if complete is not None:
                     self._instructed(*complete)
+                    complete = None
         except FrameError as error:
             raise FedkitError(f"{self._address} answered nonsense: {error}.") from error
         except grpc.RpcError as error:

@@ -51,6 +51,7 @@ class Session:
         self._writing_since = math.inf
         self._urgent: deque[bytes] = deque()
         self._uncalled = 0
+        self._carried = 0
         self._wake.set()
 
     def wake(self) -> None:
@@ -122,29 +123,31 @@ class Session:
         self._wake.set()
 
     async def _read(self) -> None:
-        carried = 0
-        while True:
+        while not self._node.left:
             data = await self._context.read()
             if data is grpc.aio.EOF:
                 return
             self._heard.set()
-            carried += len(data)
-            kind, head, body = parse_frame(data)
-            complete = None
-            if kind is Kind.MESSAGE:
-                # A late or unasked-for reply is not held in memory, whatever its size.
-                wanted = self._ledger.awaits(self._node, str(head.get("key")))
-                complete = self._assembler.begin(head, body, keep=wanted)
-            elif kind is Kind.CHUNK:
-                complete = self._assembler.add(body)
-            elif kind is Kind.LEAVE:
-                self._node.left = True
-                return
-            elif kind is not Kind.HERE:
-                raise FrameError(f"a client does not send {kind.name}")
-            if complete is not None:
-                await self._receive(*complete, carried)
-                carried = 0
+            await self._take(data)
+
+    async def _take(self, data: bytes) -> None:
+        """One frame; in a call of its own, which lets go of the reply that it may have completed."""
+        self._carried += len(data)
+        kind, head, body = parse_frame(data)
+        complete = None
+        if kind is Kind.MESSAGE:
+            # A late or unasked-for reply is not held in memory, whatever its size.
+            wanted = self._ledger.awaits(self._node, str(head.get("key")))
+            complete = self._assembler.begin(head, body, keep=wanted)
+        elif kind is Kind.CHUNK:
+            complete = self._assembler.add(body)
+        elif kind is Kind.LEAVE:
+            self._node.left = True
+        elif kind is not Kind.HERE:
+            raise FrameError(f"a client does not send {kind.name}")
+        if complete is not None:
+            carried, self._carried = self._carried, 0
+            await self._receive(*complete, carried)
 
     async def _receive(self, key: str, buffers: list[bytes] | None, carried: int) -> None:
         reply = None if buffers is None else self._ledger.spool.keep(buffers)
@@ -160,27 +163,32 @@ class Session:
             self._say(Kind.WITHDRAW, {"key": key})
 
     async def _write(self) -> None:
-        node, sent = self._node, self._ledger.bytes_sent
+        node = self._node
         while True:
             await self._wake.wait()
             self._wake.clear()
             await self._speak()
-            while node.refusal is None and node.goodbye is None:
-                following = self._ledger.next_unsent(node, self)
-                if following is None:
-                    break
-                key, instruction = following
-                try:
-                    for data in message_frames(key, instruction.parcel):
-                        sent[instruction.account] += len(data)
-                        await self._put(data)
-                        await self._speak()
-                finally:
-                    self._ledger.free_slot(instruction)
+            while node.refusal is None and node.goodbye is None and await self._send_next():
+                continue
             if node.goodbye is not None:
                 await self._put(frame(Kind.BYE, node.goodbye))
             if node.refusal is not None or node.goodbye is not None:
                 return
+
+    async def _send_next(self) -> bool:
+        """One instruction, if there is one."""
+        following = self._ledger.next_unsent(self._node, self)
+        if following is None:
+            return False
+        key, instruction = following
+        try:
+            for data in message_frames(key, instruction.parcel):
+                self._ledger.bytes_sent[instruction.account] += len(data)
+                await self._put(data)
+                await self._speak()
+        finally:
+            self._ledger.free_slot(instruction)
+        return True
 
     async def _speak(self) -> None:
         while self._urgent:

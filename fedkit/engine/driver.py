@@ -123,10 +123,11 @@ class Driver:
             except _BelowQuorum as missed:
                 if state is not None:
                     strategy.state = copy.deepcopy(before)  # type: ignore[attr-defined]
-                how = settings.below_quorum if attempt < TRIES else "given up"
+                skipped = settings.below_quorum == "skip"
+                how = "skipped" if skipped else "repeated" if attempt < TRIES else "given up"
                 self._emit(Event("warning", server_round, name=f"{missed}: the round is {how}"))
                 self._emit(Event(REWIND, server_round, name=str(missed)))
-                if settings.below_quorum == "skip":
+                if skipped:
                     return arrays
                 reason = missed
         raise FedkitError(

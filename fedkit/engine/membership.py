@@ -10,7 +10,7 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedkit.engine.state import FederationState, StateDirectory
+from fedkit.engine.state import ROUNDS_KEPT, FederationState, StateDirectory
 from fedkit.errors import FedkitError
 from fedkit.link.client import Answer
 from fedkit.registry import load
@@ -81,10 +81,17 @@ class Membership:
                 return Answer(kept)
             message = decode_message(buffers)
             buffers.clear()
+            group = message.metadata.group_id
+            round, done = int(group) if group.isdigit() else 0, state.last_round or 0
+            if 0 < round <= done - ROUNDS_KEPT:
+                raise FedkitError(
+                    f"This client has been in round {done}, and its answers of round {round} are gone: "
+                    "doing that again would train the model twice. Restore the server's newer "
+                    "checkpoints, or start a new run."
+                )
             _log.info("Instruction %s", key)
             reply = encode_message(app(message, context))
-            group = message.metadata.group_id
-            state.commit(key, reply, context.state, int(group) if group.isdigit() else 0)
+            state.commit(key, reply, context.state, round)
             return Answer(reply)
         except Exception as error:  # whatever the app raised, the server hears of it first
             fatal = _explain(error)

@@ -142,8 +142,8 @@ class FederationState:
 
     @property
     def last_round(self) -> int | None:
-        """The round of the last instruction that was kept; None if that is not known."""
-        return self._replies[self.last_key][1] or None if self.last_key in self._replies else None
+        """The last round of which something is kept; None before the first."""
+        return max((round for _, round in self._replies.values()), default=0) or None
 
     def restore(self, state: RecordDict) -> None:
         """Put what was kept back into a context's state."""

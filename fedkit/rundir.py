@@ -131,9 +131,20 @@ def read_events(path: Path, *, everything: bool = False) -> list[dict[str, Any]]
     """The records in a run's ``metrics.jsonl`` that count; a line still being written is left out.
 
     With ``everything``, also those of rounds that were run again.
+
+    Raises:
+        FedkitError: a line is damaged.
     """
-    text = (path / "metrics.jsonl").read_text(encoding="utf-8")
-    records = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    file = path / "metrics.jsonl"
+    text = file.read_text(encoding="utf-8")
+    records = []
+    for number, line in enumerate(text.splitlines(keepends=True), 1):
+        if not line.endswith("\n"):
+            break
+        try:
+            records.append(json.loads(line))
+        except ValueError as error:
+            raise FedkitError(f"Line {number} of {file} is damaged: {error}.") from error
     if everything:
         return records
     counting: list[dict[str, Any]] = []

@@ -10,7 +10,7 @@ os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 import pytest
 from hypothesis import settings
-from links import Served
+from links import Served, stop_clients
 
 # How long an example takes is the machine's business.
 settings.register_profile("fedkit", deadline=None)
@@ -23,3 +23,4 @@ def served(request: pytest.FixtureRequest) -> Iterator[Served]:
     one = Served(**getattr(request, "param", {}))
     yield one
     one.close()
+    stop_clients()

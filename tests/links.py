@@ -204,9 +204,21 @@ def background(what: Callable[[], Any]) -> Future[Any]:
     return done
 
 
+_started: list[LinkClient] = []
+
+
 def start(one: LinkClient, work: Work = echo) -> Future[str]:
     """Run a client beside the test."""
+    _started.append(one)
     return background(lambda: one.run(work))
+
+
+def stop_clients() -> None:
+    """End those that still look for a server that is gone."""
+    while _started:
+        one = _started.pop()
+        one._over.set()
+        one._inbox.put(("bye", {}))
 
 
 def run(one: LinkClient, work: Work = echo) -> str:

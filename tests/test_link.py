@@ -16,6 +16,7 @@ from processes import until
 
 from fedkit.errors import FedkitError
 from fedkit.link import ledger as link_ledger
+from fedkit.link import server as link_server
 from fedkit.link import session as link_session
 from fedkit.link.client import Answer, LinkClient
 from fedkit.link.frames import Kind, Parcel, frame
@@ -145,7 +146,14 @@ def test_who_finds_no_room_before_the_deadline_is_lost(one_slot, served):
     assert other.instruction() == ("again", [b"y"])
 
 
-def test_a_peer_that_takes_nothing_more_is_cut_and_makes_room(monkeypatch, one_slot, served):
+@pytest.fixture
+def looks_around_often(monkeypatch) -> None:
+    monkeypatch.setattr(link_server, "LOOK_AROUND_S", 0.05)
+
+
+def test_a_peer_that_takes_nothing_more_is_cut_and_makes_room(
+    monkeypatch, looks_around_often, one_slot, served
+):
     monkeypatch.setattr(link_session, "STALL_S", 0.3)
     stuck, other = served.raw().joined("stuck"), served.raw().joined("other")
     first, second = served.nodes(2)

@@ -15,6 +15,7 @@ from processes import until
 from fedkit.link import spool as link_spool
 from fedkit.link.client import Answer
 from fedkit.link.ledger import Ledger
+from fedkit.link.node import Node
 from fedkit.link.spool import Reply, Spool
 
 BIG = [bytes(range(256)) * 4096, b"", b"tail"]
@@ -146,8 +147,12 @@ def test_replies_that_come_early_wait_on_disk(served, spool, written):
     assert ledger(served).spool.held == 0
 
 
-def test_the_counter_returns_to_nothing_whatever_becomes_of_replies(served, spool):
+@pytest.mark.parametrize("room", [1, 10], ids=["on disk", "in memory"])
+def test_the_counter_returns_to_nothing_whatever_becomes_of_replies(
+    served, spool, monkeypatch, room
+):
     """Taken, withdrawn, late, twice."""
+    monkeypatch.setattr(link_spool, "HELD_BYTES", room * SIZE)
     one = served.raw().joined()
     (node,) = served.nodes(1)
     for key in ("taken", "withdrawn", "late", "twice"):
@@ -160,6 +165,17 @@ def test_the_counter_returns_to_nothing_whatever_becomes_of_replies(served, spoo
     served.link.withdraw(["withdrawn"])
     assert served.take("taken", "twice") == {"taken": BIG, "twice": BIG}
     assert ledger(served).spool.held == 0
+
+
+@pytest.mark.parametrize("outcome", ["late", "unasked"])
+def test_a_reply_that_is_withdrawn_at_the_last_instant_takes_no_room(spool, outcome):
+    """It was awaited when it began to come, and no more when it was whole."""
+    node = Node(2, "a", "", "client a")
+    if outcome == "late":
+        node.remember("k", "late")
+    one = Ledger([node])
+    assert one.answer(node, "k", one.spool.keep(list(BIG)), SIZE) == outcome
+    assert one.spool.held == 0 and one.outcomes == {outcome: 1}
 
 
 def test_a_full_disk_loses_no_reply(served, spool, monkeypatch, caplog):

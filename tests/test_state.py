@@ -18,7 +18,7 @@ import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from fedkit import durable
-from fedkit.durable import write_json, write_whole
+from fedkit.durable import checksum_of, write_json, write_whole
 from fedkit.engine import state as state_module
 from fedkit.engine.state import FederationState, StateDirectory, first_free
 from fedkit.errors import FedkitError
@@ -443,7 +443,7 @@ def test_a_manifest_cannot_name_files_elsewhere(tmp_path):
     del manifest["checksum"]
     manifest["replies"]["k"][0] = "../secret"
     manifest["sha256"]["../secret"] = hashlib.sha256(b"secret").hexdigest()
-    manifest["checksum"] = state_module._checksum(manifest)
+    manifest["checksum"] = checksum_of(manifest)
     file.write_text(json.dumps(manifest))
     with pytest.raises(FedkitError, match="can't be read"):
         opened(folder).reply_to("k")

@@ -95,7 +95,10 @@ class Membership:
             return Answer(reply)
         except Exception as error:  # whatever the app raised, the server hears of it first
             fatal = _explain(error)
-            message = message or decode_message(buffers)
+            try:
+                message = message or decode_message(buffers)
+            except ValueError:
+                raise fatal from error  # there is no answering what can't be read
             return Answer(encode_message(error_reply(message, str(fatal))), fatal)
 
     def export(self) -> None:

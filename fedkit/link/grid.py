@@ -36,7 +36,7 @@ class _Encoded:
     """A content, kept so that its id passes to no other; what was in it; and how it travels."""
 
     content: RecordDict
-    values: dict[str, dict[str, Any]]
+    values: dict[str, Any]
     description: bytes
     arrays: Parcel
 
@@ -152,7 +152,10 @@ class LinkGrid(Grid):
     def _encode(self, content: RecordDict) -> tuple[bytes, Parcel]:
         """Description and arrays, made and summed once where several clients get the same."""
         # A strategy may send one content to all, and may edit it between two rounds or clients.
-        values = {name: dict(record) for name, record in content.items()}
+        values = {
+            name: (dict(record), list(map(type, record.values())))
+            for name, record in content.items()
+        }
         known = self._encoded.pop(id(content), None)
         if known is None or known.values != values:
             description, *arrays = encode_content(content)

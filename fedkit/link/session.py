@@ -105,7 +105,7 @@ class Session:
             await self._context.abort(*self._verdict)
         for task in tasks:
             fault = None if task.cancelled() else task.exception()
-            if fault is not None and not isinstance(fault, grpc.RpcError):
+            if fault is not None and not isinstance(fault, grpc.RpcError | grpc.aio.BaseError):
                 await self._fail(fault)
 
     async def _fail(self, fault: BaseException) -> None:

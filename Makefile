@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export FLWR_TELEMETRY_ENABLED := 0
 
-.PHONY: demo test check wheel-test network network-table clean
+.PHONY: demo test check wheel-test network network-table faults clean
 
 demo: $(VENV)/installed
 	$(BIN)/fedkit run --strategy ktpfl --clients 4 --rounds 10
@@ -17,6 +17,10 @@ check: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Processes killed, stopped, cut off and starved at random instants: half an hour (docs/reliability.md).
+faults: $(VENV)/installed-dev
+	$(BIN)/python -m tests.faults.trials --trials 50 --seed 1
 
 # A wheel as users get it: built, installed elsewhere, two rounds outside the repository.
 wheel-test: $(VENV)/installed-dev

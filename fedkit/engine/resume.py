@@ -70,14 +70,21 @@ def resumed_plan(run: Path, typed: Mapping[str, Value]) -> Plan:
     # Clients know the address; a free port would be another one now.
     listen = (run / "address").read_text().strip() if (run / "address").exists() else None
     stored = merge(stored, {"run-dir": str(run)}, {"listen": listen} if listen else {})
+    # First of all, since the other settings hang on it.
+    _compare(run, "strategy", stored["strategy"], merge(typed).get("strategy", stored["strategy"]))
     was, now = make_plan(stored).values(), make_plan(merge(stored, typed, {"run-dir": str(run)}))
     for name, value in now.values().items():
-        if name not in _FREE and was.get(name) != value:
-            raise UsageError(
-                f"The run in {run} has --{name} {was.get(name)}, and goes on with that, not with "
-                f"{value}: leave --{name} out."
-            )
+        if name not in _FREE:
+            _compare(run, name, was[name], value)
     return now
+
+
+def _compare(run: Path, name: str, was: Value, now: Value) -> None:
+    if was != now:
+        raise UsageError(
+            f"The run in {run} has --{name} {was}, and goes on with that, not with {now}: leave "
+            f"--{name} out."
+        )
 
 
 def last_good(run: Path, history: History) -> Checkpoint | None:

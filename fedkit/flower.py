@@ -30,6 +30,7 @@ from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
 SERVER_NODE_ID = 1
+MOST_DIMENSIONS = 64
 _COUNT = struct.Struct(">I")
 Buffers = list[bytes]
 
@@ -160,17 +161,21 @@ def _fill(records: RecordDict, blobs: Sequence[bytes]) -> None:
         raise ValueError(f"{len(arrays)} arrays are described, {len(blobs)} came")
     for (record, name), blob in zip(arrays, blobs, strict=True):
         bare = record[name]
-        _check_description(name, bare)
+        _check_description(name, bare, len(blob))
         record[name] = Array(bare.dtype, tuple(bare.shape), bare.stype, blob)
 
 
-def _check_description(name: str, array: Array) -> None:
+def _check_description(name: str, array: Array, length: int) -> None:
     try:
-        np.dtype(array.dtype)
+        size = np.dtype(array.dtype).itemsize
     except Exception as error:  # NumPy parses the text, and fails in many ways
         raise ValueError(f"{name} is of the unknown type {array.dtype!r}") from error
-    if any(length < 0 for length in array.shape):
-        raise ValueError(f"{name} has the shape {tuple(array.shape)}")
+    shape = array.shape
+    if len(shape) > MOST_DIMENSIONS or any(extent < 0 for extent in shape):
+        raise ValueError(f"{name} has {len(shape)} dimensions, or less than nothing in one")
+    # Sizes are counted and reported before anybody looks into the bytes.
+    if math.prod(shape) * size > length:
+        raise ValueError(f"{name} is described as larger than its {length} bytes")
 
 
 def as_file(buffers: Sequence[bytes]) -> Buffers:

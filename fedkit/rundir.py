@@ -102,8 +102,16 @@ class RunDirectory:
         """The settings that ``write_config`` wrote."""
         return read_toml(str(self.path / "config.toml"))
 
-    def write_config(self, values: Mapping[str, Value]) -> None:
-        """Write every setting that is given, but for the folder: the next run has another."""
+    def write_config(self, values: Mapping[str, Value], *, resume: bool = False) -> None:
+        """Write every setting that is given, but for the folder: the next run has another.
+
+        With ``resume`` those change that were written before, and what else was stays.
+        """
+        before = self.read_config() if resume else {}
+        if resume:
+            values = before | {
+                name: v for name, v in values.items() if name in before or name != "listen"
+            }
         given = {name: v for name, v in values.items() if v != "" and name != "run-dir"}
         write_whole(self.path / "config.toml", [tomli_w.dumps(given).encode()])
 

@@ -162,7 +162,7 @@ class ServerSettings:
         maximum=1e7,
     )
     max_message: int = setting(
-        2**34, "the largest message that is taken from a client", unit="bytes", minimum=1024
+        2**32, "the largest message that is taken from a client", unit="bytes", minimum=1024
     )
     metrics_port: str = setting(
         "",

@@ -65,7 +65,7 @@ def rounds(run: Path) -> list[int]:
 
 
 def newest(run: Path) -> Checkpoint:
-    return Checkpoints(run).newest()[0]
+    return next(Checkpoints(run).newest())
 
 
 def bits(record: ArrayRecord) -> list[tuple[str, str, tuple[int, ...], bytes]]:
@@ -83,7 +83,7 @@ def assert_whole(found: Checkpoint, round: int) -> None:
 
 
 def test_there_are_none_in_a_new_run(tmp_path):
-    assert Checkpoints(tmp_path).newest() == []
+    assert list(Checkpoints(tmp_path).newest()) == []
 
 
 def test_what_was_saved_is_read_back(tmp_path):
@@ -284,7 +284,7 @@ def test_a_kill_at_any_instant_leaves_the_last_one_or_the_new(tmp_path, monkeypa
                 save(run, 3, keep=2)
             except Killed:
                 killed = True
-        found = Checkpoints(run).newest()
+        found = list(Checkpoints(run).newest())
         assert len(found) >= 2
         assert_whole(found[0], found[0].progress.round)
         seen.append(found[0].progress.round)

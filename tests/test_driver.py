@@ -40,11 +40,16 @@ def from_client(message, client):
     [
         lambda content: content.metric_records["metrics"].update({"train_loss": [1.0, 2.0]}),
         lambda content: content.metric_records["metrics"].update({"train_loss": math.nan}),
+        lambda content: content.metric_records["metrics"].update({"num-examples": math.nan}),
+        lambda content: content.metric_records["metrics"].update({"num-examples": math.inf}),
+        lambda content: content.metric_records["metrics"].update(
+            {f"\x1b[31m{n}": 1.0 for n in range(2000)}
+        ),
         lambda content: content.config_records["timing"].update({"seconds": "soon"}),
         lambda content: content.config_records["timing"].update({"seconds": b"\x00"}),
         lambda content: content.config_records["timing"].update({"cpu-seconds": [1.0]}),
     ],
-    ids=["list", "nan", "text", "bytes", "times"],
+    ids=["list", "nan", "no count", "endless count", "many", "text", "bytes", "times"],
 )
 def test_odd_metrics_and_timings_do_not_end_the_run(spoil, tmp_path):
     def tamper(instruction, reply):

@@ -343,3 +343,16 @@ def test_nothing_in_a_reply_can_end_the_run(dtype, shape, stype, data):
     assert payload_bytes(back) >= 0
     with pytest.raises(ValueError):
         read_array("a", back.content.array_records["r"]["a"])
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [(1 << 30,) * 64, (2,) * 65, (1 << 30,), (3, 1 << 20)],
+    ids=["vast", "deep", "long", "wide"],
+)
+def test_an_array_described_as_larger_than_its_bytes_is_refused(shape):
+    """Its size would be counted, summed and written down before anybody looked into the bytes."""
+    lying = Array("float32", shape, "numpy.ndarray", b"\x00\x00")
+    sent = encode_message(instruction(RecordDict({"r": ArrayRecord({"a": lying})})))
+    with pytest.raises(ValueError, match=r"larger than its 2 bytes|dimensions"):
+        decode_message(sent)

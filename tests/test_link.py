@@ -162,7 +162,7 @@ def test_a_peer_that_takes_nothing_more_is_cut_and_makes_room(
     served.link.send(second, "small", [b"x"])  # waits for the only slot
     assert other.instruction() == ("small", [b"x"])
     code, sentence = stuck.end()
-    assert code is grpc.StatusCode.UNAVAILABLE and "stands still" in sentence
+    assert code is grpc.StatusCode.ABORTED and "stands still" in sentence
     monkeypatch.setattr(link_session, "STALL_S", LONG)
     # What was cut comes whole to who comes back.
     assert served.raw().joined("stuck").instruction() == ("big", [data])

@@ -16,10 +16,14 @@ SETTINGS = FederationSettings(num_shards=3, dataset="digits", partition="iid", m
 
 
 def lobby(
-    *, one_model: bool = False, shards: dict[int, int] | None = None, **changes: Any
+    *,
+    one_model: bool = False,
+    shards: dict[int, int] | None = None,
+    patience: float = 0.0,
+    **changes: Any,
 ) -> Lobby:
     settings = FederationSettings(**{**vars(SETTINGS), **changes})
-    return Lobby(settings, "f00d", one_model=one_model, shards=shards)
+    return Lobby(settings, "f00d", one_model=one_model, shards=shards, patience=patience)
 
 
 def shard(where: Lobby, node_id: int, wanted: Any = None, **config: Any) -> int:
@@ -235,3 +239,16 @@ def test_only_a_federation_of_one_model_minds_the_model():
     assert "--model lenet" in str(refusal) and "resnet18" in str(refusal)
     assert shard(lobby(one_model=True), 2, 0, model="lenet") == 0
     assert shard(lobby(one_model=True), 2, 0, model=None) == 0
+
+
+def test_shards_of_a_resumed_run_wait_for_their_holders():
+    """Whoever knocks first after a restart gets nobody's place."""
+    where = lobby(shards={0: 7, 1: 8}, patience=60)
+    assert shard(where, 9) not in (0, 1)
+    assert shard(where, 8) == 1 and shard(where, 7) == 0
+    assert "taken" in str(refused(where, 10, 0))
+
+
+def test_holders_that_do_not_come_back_in_time_lose_their_shard():
+    where = lobby(shards={0: 7}, patience=-1)
+    assert shard(where, 9, 0) == 0

@@ -183,7 +183,7 @@ def test_while_the_file_is_damaged_clients_are_told_to_come_again(file, caplog):
     good = file.read_bytes()
     file.write_bytes(b"{")
     for _ in range(3):
-        assert refusal(guard, {"token": token}).status is grpc.StatusCode.UNAVAILABLE
+        assert refusal(guard, {"token": token}).status is grpc.StatusCode.ABORTED
         assert not guard.revoked(id_of(token))
     assert caplog.text.count("is damaged") == 1
     file.write_bytes(good)

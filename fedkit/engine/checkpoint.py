@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 import shutil
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -111,16 +112,16 @@ class Checkpoints:
         for old in self._rounds()[: -self._keep]:
             shutil.rmtree(self.folder / f"{old:06d}", ignore_errors=True)
 
-    def newest(self) -> list[Checkpoint]:
+    def newest(self) -> Iterator[Checkpoint]:
         """Those that can be read, the newest first; what is damaged is warned of and passed over."""
-        found = []
         for round in reversed(self._rounds()):
             folder = self.folder / f"{round:06d}"
             try:
-                found.append(_read(folder))
+                checkpoint = _read(folder)
             except _DAMAGED as error:
                 _log.warning("The checkpoint %s is damaged (%s): passed over.", folder, error)
-        return found
+                continue
+            yield checkpoint
 
     def _rounds(self) -> list[int]:
         if not self.folder.is_dir():

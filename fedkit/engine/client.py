@@ -13,7 +13,7 @@ from typing import Any
 from fedkit import __version__
 from fedkit.engine.membership import Membership
 from fedkit.engine.state import StateDirectory, first_free
-from fedkit.errors import FedkitError, UsageError
+from fedkit.errors import FedkitError, UsageError, error_of
 from fedkit.link.client import Answer, LinkClient
 from fedkit.security.credentials import channel_credentials, explain_tls
 from fedkit.security.settings import ClientSecurity
@@ -130,10 +130,22 @@ class Client:
             credentials=lambda: channel_credentials(plan.server, plan.security),
             explain=lambda details: explain_tls(details, plan.server, plan.security),
         )
-        goodbye = link.run(self._work)
+        try:
+            goodbye = link.run(self._work)
+        except FedkitError as error:
+            raise error_of(error.exit_code, f"{error}{self._whereabouts()}") from error
         if self._membership is not None:
             self._membership.export()
         return goodbye
+
+    def _whereabouts(self) -> str:
+        """Where the model of a client is that ends before its run does."""
+        try:
+            if self._membership is not None:
+                self._membership.export()
+        except FedkitError as error:
+            _log.warning("The model could not be written as a plain file: %s", error)
+        return f" Its model is in {self.model_path}." if self.model_path else ""
 
     def _take_welcome(self, welcome: dict[str, Any]) -> None:
         plan, before = self._plan, self._membership

@@ -7,6 +7,7 @@ has, so that an algorithm file holds nothing but its algorithm.
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -29,6 +30,7 @@ from fedkit.settings import FederationSettings
 JOIN_POLL_S = 0.02
 # How often a round is tried that does not reach its quorum.
 TRIES = 3
+METRICS_TAKEN, LONGEST_NAME = 500, 200
 EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
 RoundOver = Callable[[int, ArrayRecord], None]
 
@@ -78,7 +80,7 @@ class Driver:
         self._emit = emit
         self._evaluate_fn = evaluate_fn
         self._round_over = round_over
-        self.roster = Roster(grid, check, emit)
+        self.roster = Roster(grid, check, emit, settings.round_timeout)
         name, argument = split(settings.select)
         self._selector = load("selectors", name)(argument)
         self._result = Result()
@@ -97,6 +99,9 @@ class Driver:
         Raises:
             FedkitError: too few clients are left to go on.
         """
+        if first_round > self._settings.rounds:
+            self._result.arrays = arrays
+            return self._result
         self._wait_for_clients(None)
         patience = time.monotonic() + self._settings.rejoin_wait
         while not set(awaited) <= set(self._grid.get_node_ids()) and time.monotonic() < patience:
@@ -132,7 +137,7 @@ class Driver:
                 reason = missed
         raise FedkitError(
             f"Round {server_round} was tried {TRIES} times and did not reach the quorum ({reason}): "
-            "the run ends here."
+            "the run ends here, and can be resumed."
         )
 
     def _round(self, server_round: int, arrays: ArrayRecord) -> ArrayRecord:
@@ -246,7 +251,8 @@ class Driver:
                 here = len(self.roster.connected())
                 raise FedkitError(
                     f"Only {here} of the {wanted} clients that a round needs (min-clients) are "
-                    f"connected, for {patience:.0f} seconds now: the run ends here."
+                    f"connected, for {patience:.0f} seconds now: the run ends here, and can be "
+                    "resumed."
                 )
             time.sleep(JOIN_POLL_S)
             self.roster.admit()
@@ -291,11 +297,14 @@ class Driver:
         self, server_round: int, exchange: str, client: int | None, record: MetricRecord
     ) -> None:
         examples = record.get("num-examples")
-        for name, value in record.items():
+        for name, value in itertools.islice(record.items(), METRICS_TAKEN):
             if name == "num-examples" or name.endswith("/n") or not isinstance(value, int | float):
                 continue
+            # A client may say what it likes, and it ends up in files and on screens.
+            if not name.isprintable() or len(name) > LONGEST_NAME:
+                continue
             n = record.get(f"{name.rpartition('/')[0]}/n", examples)
-            count = int(n) if isinstance(n, int | float) else None
+            count = int(n) if isinstance(n, int | float) and math.isfinite(n) else None
             self._emit(Event("metric", server_round, exchange, client, name, value, count))
 
     def _client(self, node_id: int) -> int | None:

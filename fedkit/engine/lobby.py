@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,6 +27,7 @@ class Lobby:
         *,
         one_model: bool,
         shards: Mapping[int, int] | None = None,
+        patience: float = 0.0,
     ) -> None:
         """A lobby of the federation with that id.
 
@@ -34,14 +36,16 @@ class Lobby:
             federation: its id.
             one_model: whether all train the same network.
             shards: each shard's holder, by node id, in a federation that goes on.
+            patience: seconds that these have to come back before others may take their shards.
         """
         self._settings = settings
         self._federation = federation
         self._one_model = one_model
         self._lock = threading.Lock()
         self._holder: dict[int, int] = dict(shards or {})
-        # Until they come back.
-        self._gone: set[int] = set(self._holder.values())
+        self._gone: set[int] = set()
+        self._awaited = set(self._holder.values())
+        self._awaited_until = time.monotonic() + patience
 
     def greet(self, hello: dict[str, Any], node_id: int) -> dict[str, Any]:
         """The welcome for a client: the federation's settings and the client's shard.
@@ -57,6 +61,7 @@ class Lobby:
             shard = self._assign(config.get("shard"), node_id)
             self._holder[shard] = node_id
             self._gone.discard(node_id)
+            self._awaited.discard(node_id)
         settings = self._settings
         return {
             "federation": self._federation,
@@ -96,6 +101,9 @@ class Lobby:
 
     def _assign(self, wanted: Any, node_id: int) -> int:
         count = self._settings.num_shards
+        if time.monotonic() > self._awaited_until:
+            self._gone |= self._awaited
+            self._awaited.clear()
         mine = [shard for shard, holder in self._holder.items() if holder == node_id]
         if mine and wanted in (None, mine[0]):
             return mine[0]

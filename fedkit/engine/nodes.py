@@ -47,10 +47,16 @@ class NodeFile:
         Raises:
             FedkitError: it can't be written.
         """
+        # One without a shard is a stranger when it comes again.
+        holders = set(shards.values())
         known = {
             "schema": SCHEMA,
             "federation": self._federation,
-            "nodes": [{name: getattr(node, name) for name in _FIELDS} for node in nodes],
+            "nodes": [
+                {name: getattr(node, name) for name in _FIELDS}
+                for node in nodes
+                if node.node_id in holders
+            ],
             "shards": sorted(shards.items()),
         }
         text = json.dumps(known, indent=1)

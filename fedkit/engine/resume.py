@@ -64,6 +64,9 @@ def resumed_plan(run: Path, typed: Mapping[str, Value]) -> Plan:
     """
     if not can_resume(run):
         raise UsageError(f"{run} holds no run that could be resumed.")
+    elsewhere = merge(typed).get("run-dir")
+    if elsewhere and Path(str(elsewhere)) != run:
+        raise UsageError(f"A resumed run stays in its folder {run}: leave --run-dir out.")
     stored = read_toml(str(run / "config.toml"))
     for item in fields(RunSettings):
         stored.pop(key(item.name), None)
@@ -72,7 +75,13 @@ def resumed_plan(run: Path, typed: Mapping[str, Value]) -> Plan:
     stored = merge(stored, {"run-dir": str(run)}, {"listen": listen} if listen else {})
     # First of all, since the other settings hang on it.
     _compare(run, "strategy", stored["strategy"], merge(typed).get("strategy", stored["strategy"]))
-    was, now = make_plan(stored).values(), make_plan(merge(stored, typed, {"run-dir": str(run)}))
+    # Files that were given anew may be gone where they were.
+    free = {name: value for name, value in merge(typed).items() if name in _FREE - {"rounds"}}
+    was = make_plan(merge(stored, free)).values()
+    now = make_plan(merge(stored, typed, {"run-dir": str(run)}))
+    if getattr(now.hyper, "schedule", "") == "cosine":
+        # Which counts them.
+        _compare(run, "rounds", was["rounds"], now.federation.rounds)
     for name, value in now.values().items():
         if name not in _FREE:
             _compare(run, name, was[name], value)

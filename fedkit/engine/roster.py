@@ -6,6 +6,7 @@ own view before it may take part. This works on every engine, since it is a Flow
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -62,18 +63,30 @@ class KnowsProcesses(Protocol):
 Check = Callable[[int, ConfigRecord], str | None]
 
 
+@dataclass(frozen=True)
+class _Question:
+    node_id: int
+    process: str
+    asked_at: float
+
+
 class Roster:
     """Members by node id, kept as clients come."""
 
-    def __init__(self, grid: Grid, check: Check, emit: Listener) -> None:
+    def __init__(self, grid: Grid, check: Check, emit: Listener, patience: float = 3600.0) -> None:
         """A roster over ``grid``.
 
-        ``check(node_id, facts)`` returns the sentence that refuses a join, or None.
+        Args:
+            grid: where the clients are.
+            check: ``(node_id, facts)`` gives the sentence that refuses a join, or None.
+            emit: takes events.
+            patience: seconds that a client has to load its data and say what it is.
         """
         self._grid = grid
         self._check = check
         self._emit = emit
-        self._asked: dict[str, int] = {}
+        self._patience = patience
+        self._asked: dict[str, _Question] = {}
         self._turned_away: set[int] = set()
         self._processes: dict[int, str] = {}
         self.members: dict[int, Member] = {}
@@ -85,30 +98,25 @@ class Roster:
     def admit(self) -> None:
         """Ask new nodes to join, and take in those that have answered since the last call."""
         present = set(self._grid.get_node_ids())
-        waiting = set(self._asked.values())
+        now = self._grid.processes() if isinstance(self._grid, KnowsProcesses) else {}
+        self._give_up_silent()
+        waiting = {question.node_id for question in self._asked.values()}
         # One that went away and comes back, perhaps mended, is asked again.
         self._turned_away &= present
-        known = set(self.members) - self._restarted()
+        # A member that is another process now may have other data, so it is asked again. It stays in
+        # meanwhile: what it answers to the round's instructions is awaited.
+        restarted = {n for n, process in now.items() if self._processes.get(n) != process}
+        known = set(self.members) - restarted
         new = sorted(present - known - waiting - self._turned_away)
         for node_id in new:
             question = Message(RecordDict(), node_id, "query.join", group_id="0")
             (message_id,) = self._grid.push_messages([question])
-            self._asked[message_id] = node_id
+            self._asked[message_id] = _Question(node_id, now.get(node_id, ""), time.monotonic())
         if self._asked:
             for reply in self._grid.pull_messages(list(self._asked)):
-                node_id = self._asked.pop(reply.metadata.reply_to_message_id)
-                self._take(node_id, reply)
-
-    def _restarted(self) -> set[int]:
-        """Members that are another process now: its data may be others, so it is asked again.
-
-        It stays in meanwhile: what it answers to the round's instructions is awaited.
-        """
-        if not isinstance(self._grid, KnowsProcesses):
-            return set()
-        now = self._grid.processes()
-        before, self._processes = self._processes, {**self._processes, **now}
-        return {node_id for node_id, process in now.items() if before.get(node_id) != process}
+                asked = self._asked.pop(reply.metadata.reply_to_message_id)
+                if self._take(asked.node_id, reply):
+                    self._processes[asked.node_id] = asked.process
 
     def connected(self) -> list[Member]:
         """The members whose node the grid offers now, in client order."""
@@ -116,26 +124,27 @@ class Roster:
         here = [member for node_id, member in self.members.items() if node_id in present]
         return sorted(here, key=lambda member: member.client)
 
-    def _take(self, node_id: int, reply: Message) -> None:
+    def _take(self, node_id: int, reply: Message) -> bool:
+        """Whether that client is a member now."""
         if not reply.has_content():
             self._turned_away.add(node_id)
             text = f"a client could not join: {reply.error.reason}"
             self._emit(Event("warning", name=text))
-            return
+            return False
         try:
             member = read_member(node_id, reply.content)
         except (KeyError, TypeError, ValueError) as error:
             self._refuse(node_id, f"What it says of itself can't be read: {error}.")
-            return
+            return False
         sentence = self._check(node_id, reply.content.config_records["join"])
         if sentence is None and self._index_taken(member):
             sentence = f"Client {member.client} is in this federation already."
         if sentence is not None:
             self.members.pop(node_id, None)
             self._refuse(node_id, sentence)
-            return
+            return False
         if self.members.get(node_id) == member:
-            return
+            return True
         # A device that lost its state comes back as another node with the same index.
         gone = [n for n, other in self.members.items() if other.client == member.client]
         for old in gone:
@@ -143,6 +152,17 @@ class Roster:
         self.members[node_id] = member
         text = f"{member.model} ({member.parameters:,} parameters) on {member.device}"
         self._emit(Event("join", client=member.client, name=text, value=member.examples))
+        return True
+
+    def _give_up_silent(self) -> None:
+        """Who does not say what it is keeps a shard from others."""
+        for message_id, question in list(self._asked.items()):
+            if time.monotonic() - question.asked_at > self._patience:
+                del self._asked[message_id]
+                sentence = (
+                    f"It did not say in {self._patience:g} seconds what data and model it has."
+                )
+                self._refuse(question.node_id, sentence)
 
     def _refuse(self, node_id: int, sentence: str) -> None:
         self._turned_away.add(node_id)

@@ -56,15 +56,18 @@ def serve(
     rundir = RunDirectory(path, resume=True) if resume else None
     known = read_nodes(path) if resume else Known()
     lobby = Lobby(
-        plan.federation, known.federation, one_model=plan.strategy.one_model, shards=known.shards
+        plan.federation,
+        known.federation,
+        one_model=plan.strategy.one_model,
+        shards=known.shards,
+        patience=plan.federation.rejoin_wait,
     )
     door = _Door(plan, lobby, known)
     address = door.link.listen(plan.server.listen)
     goodbye, ok = "The server ended: its own code failed.", False
     try:
         rundir = rundir or RunDirectory(path)
-        values = {**rundir.read_config(), **plan.values()} if resume else plan.values()
-        rundir.write_config(values)
+        rundir.write_config(plan.values(), resume=resume)
         rundir.write_text("address", address)
         door.link.spool_in(rundir.path)
         _log.info("Listening on %s, writing to %s.", address, rundir.path)
@@ -75,7 +78,8 @@ def serve(
         goodbye = f"The server ended: {error}"
         raise
     except KeyboardInterrupt:
-        goodbye, ok = "The server was stopped.", True
+        # No end of the run: a service manager shall start the devices again, as it will the server.
+        goodbye = "The server was stopped before the run was over."
         raise
     finally:
         door.close(goodbye, ok=ok)
@@ -177,10 +181,12 @@ class _Run:
                 sent_up=self._sent_up + _training(self._link.bytes_received),
                 sent_down=self._sent_down + _training(self._link.bytes_sent),
             )
-            self._emit(Event("stop", name=status, value=reason))
-            self._rundir.write("summary.json", summary)
-            self._rundir.close()
-            self._metrics.close()
+            try:
+                self._rundir.write("summary.json", summary)
+                self._emit(Event("stop", name=status, value=reason))
+            finally:
+                self._rundir.close()
+                self._metrics.close()
         return summary
 
     def _run_all(self, resume: bool) -> None:
@@ -208,8 +214,6 @@ class _Run:
             checkpoints.save(self._progress(server_round), strategy.state, new)
 
         def why_not(node_id: int, facts: ConfigRecord) -> str | None:
-            # Before it is given any work: a server that is restarted must know it by its shard.
-            self._nodes.keep(self._link.nodes(), self._lobby.shards())
             return self._lobby.why_not(node_id, facts["client"]) or view.why_not(facts)
 
         self._driver = Driver(
@@ -231,11 +235,17 @@ class _Run:
             self._emit(Event(REWIND, first_round, name=f"the run goes on with round {first_round}"))
         self._emit(Event("start", name=self._plan.federation.strategy))
         try:
-            back = () if checkpoint is None else checkpoint.progress.present
+            back = self._awaited(checkpoint) if checkpoint is not None else set()
             arrays = self._driver.run(arrays, first_round, back).arrays
         finally:
             strategy.close()
             view.save(strategy.server_models(arrays), self._rundir.path / "models", done)
+
+    def _awaited(self, checkpoint: Checkpoint) -> set[int]:
+        """Who was there at the checkpoint, and who has come since; not who had gone before."""
+        progress = checkpoint.progress
+        known = {member.node_id for member in progress.members}
+        return set(progress.present) | (set(self._lobby.shards().values()) - known)
 
     def _go_on(self, checkpoint: Checkpoint) -> None:
         assert self._driver is not None
@@ -262,6 +272,9 @@ class _Run:
         return self._seconds + time.monotonic() - self._started
 
     def _emit(self, event: Event) -> None:
+        if event.event == "round_start":
+            # Before any of them is given work: a server that is restarted must know them again.
+            self._nodes.keep(self._link.nodes(), self._lobby.shards())
         for listener in self._listeners:
             listener(event)
 

@@ -24,6 +24,7 @@ from fedkit.link.frames import (
     PROTOCOL,
     Assembler,
     FrameError,
+    Garbled,
     Kind,
     Parcel,
     frame,
@@ -99,6 +100,7 @@ class LinkClient:
         self._withdrawn: set[str] = set()
         self._last: tuple[str, Parcel] | None = None
         self._over = threading.Event()
+        self._came_in = False
 
     def run(self, work: Work) -> str:
         """Work until the server says that the run is over; returns what it said.
@@ -174,7 +176,7 @@ class LinkClient:
 
     def _stay_connected(self) -> None:
         pause, unreachable_since = FIRST_PAUSE_S, time.monotonic()
-        patience, failures, came_in = self._max_wait, 0, False
+        patience, failures = self._max_wait, 0
         while not self._over.is_set():
             try:
                 self._session()
@@ -184,13 +186,15 @@ class LinkClient:
                     return
                 if broken.welcomed:
                     pause, unreachable_since = FIRST_PAUSE_S, time.monotonic()
-                    patience, failures, came_in = self._patience, 0, True
+                    patience, failures, self._came_in = self._patience, 0, True
                     _log.warning("The link to %s broke: connecting again.", self._address)
                 else:
                     failures += 1
-                    explained = self._explain_details(broken.details)
-                    # What is wrong from the start, and again and again, is wrong for good.
-                    hopeless = explained and not came_in and failures >= TRIES
+                    explained = broken.told or self._explain_details(broken.details)
+                    # What is wrong from the start, and again and again, is wrong for good; unless it
+                    # is what anything between here and a server that is not up yet says, too.
+                    passing = broken.told or "Socket closed" in broken.details
+                    hopeless = explained and not passing and not self._came_in and failures >= TRIES
                     if hopeless or time.monotonic() - unreachable_since + pause > patience:
                         word = explained or self._final_word(broken.details, patience)
                         self._inbox.put(("error", FedkitError(word)))
@@ -226,7 +230,12 @@ class LinkClient:
 
     def _channel(self) -> grpc.Channel:
         # Read anew each time: a renewed certificate is used without a restart.
-        credentials, options = self._credentials(), client_options(self._address)
+        try:
+            credentials, options = self._credentials(), client_options(self._address)
+        except (FedkitError, OSError) as error:
+            if not self._came_in:
+                raise
+            raise _Broken(str(error), False, str(error)) from error  # it may be being renewed
         if credentials is None:
             return grpc.insecure_channel(self._address, options=options)
         return grpc.secure_channel(self._address, credentials, options=options)
@@ -266,6 +275,9 @@ class LinkClient:
                 if complete is not None:
                     self._instructed(*complete)
                     complete = None
+        except Garbled as error:
+            told = f"What comes from {self._address} is garbled on the way: {error}."
+            raise _Broken(str(error), welcomed, told) from None
         except FrameError as error:
             raise FedkitError(f"{self._address} answered nonsense: {error}.") from error
         except grpc.RpcError as error:
@@ -280,12 +292,15 @@ class LinkClient:
             grpc.StatusCode.CANCELLED,
             grpc.StatusCode.UNKNOWN,
             grpc.StatusCode.INTERNAL,
+            grpc.StatusCode.DATA_LOSS,
+            grpc.StatusCode.ABORTED,
         )
         if code is grpc.StatusCode.UNIMPLEMENTED:
             sentence = f"What answers at {self._address} is no fedkit server: check --server."
             return FedkitError(sentence)
         if code in passing:
-            return _Broken(details, welcomed)
+            told = details if code is grpc.StatusCode.ABORTED else ""
+            return _Broken(details, welcomed, told)
         # A refusal is the server's own sentence; what was typed is an argument to it.
         exit_code = 2 if code is grpc.StatusCode.INVALID_ARGUMENT else 1
         return error_of(exit_code, details)
@@ -303,7 +318,10 @@ class LinkClient:
 
 
 class _Broken(Exception):
-    def __init__(self, details: str, welcomed: bool) -> None:
+    """A connection ended, or never came up; ``told`` is the server's own sentence about it."""
+
+    def __init__(self, details: str, welcomed: bool, told: str = "") -> None:
         super().__init__(details)
         self.details = details
         self.welcomed = welcomed
+        self.told = told

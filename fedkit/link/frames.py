@@ -29,6 +29,7 @@ MAX_HEAD_BYTES = 1 << 20
 MAX_FRAME_BYTES = CHUNK_BYTES + MAX_HEAD_BYTES + 16
 MAX_MESSAGE_BYTES = 1 << 34
 MAX_BUFFERS = 1 << 15
+LONGEST_KEY = 300
 _PREFIX = struct.Struct(">BI")
 Complete: TypeAlias = tuple[str, list[bytes] | None]
 
@@ -49,6 +50,10 @@ class Kind(IntEnum):
 
 class FrameError(ValueError):
     """The other side sent something that is no part of a session."""
+
+
+class Garbled(FrameError):
+    """What came is not what was sent: sending it again will do."""
 
 
 @dataclass(frozen=True)
@@ -137,12 +142,17 @@ class Assembler:
         self._sum = 0
 
     def begin(
-        self, head: dict[str, Any], body: memoryview, *, keep: bool = True
+        self,
+        head: dict[str, Any],
+        body: memoryview,
+        *,
+        keep: bool = True,
+        limit: int = MAX_MESSAGE_BYTES,
     ) -> Complete | None:
         """Take a MESSAGE frame; gives key and buffers if the message is complete with it.
 
         Without ``keep`` the message is counted but not held, since nobody waits for it: there are no
-        buffers at its end.
+        buffers at its end. ``limit`` is the largest that this one may be.
 
         Raises:
             FrameError: a message is under way already, or the head says nonsense.
@@ -150,13 +160,15 @@ class Assembler:
         key, sizes, sums = head.get("key"), head.get("sizes"), head.get("sums")
         if self._key is not None:
             raise FrameError("a message begins before the last one ended")
-        if not (isinstance(key, str) and _numbers(sizes) and _numbers(sums)):
+        if not (_is_key(key) and _numbers(sizes) and _numbers(sums)):
             raise FrameError("a message begins without key, sizes and checksums")
+        assert isinstance(key, str)
         assert isinstance(sizes, list) and isinstance(sums, list)
         if len(sizes) != len(sums) or len(sizes) > MAX_BUFFERS:
             raise FrameError(f"a message has {len(sizes)} buffers and {len(sums)} checksums")
-        if sum(sizes) > self._limit:
-            raise FrameError(f"a message of {sum(sizes)} bytes is beyond the limit {self._limit}")
+        limit = min(limit, self._limit)
+        if sum(sizes) > limit:
+            raise FrameError(f"a message of {sum(sizes)} bytes is beyond the limit {limit}")
         # Memory grows with what really comes, not with what was announced.
         self._key, self._sizes, self._sums, self._keep = key, sizes, sums, keep
         self._parts, self._open, self._came, self._sum = [], BytesIO(), 0, 0
@@ -203,10 +215,15 @@ class Assembler:
 
     def _end_buffer(self) -> None:
         if self._keep and self._sum != self._sums[len(self._parts)]:
-            raise FrameError("a message's checksum is wrong")
+            raise Garbled("a message's checksum is wrong")
         # BytesIO gives what it holds without copying it.
         self._parts.append(self._open.getvalue())
         self._open, self._came, self._sum = BytesIO(), 0, 0
+
+
+def _is_key(key: Any) -> bool:
+    # It ends up in logs.
+    return isinstance(key, str) and key.isprintable() and len(key) <= LONGEST_KEY
 
 
 def _numbers(values: Any) -> bool:

@@ -14,6 +14,7 @@ from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 
+from fedkit.errors import plain
 from fedkit.flower import (
     decode_message,
     encode_content,
@@ -174,6 +175,6 @@ class LinkGrid(Grid):
         except ValueError as error:
             return error_reply(sent, f"its reply can't be read: {error}")
         if reply.has_error():
-            return error_reply(sent, reply.error.reason or "no reason given")
+            return error_reply(sent, plain(reply.error.reason) or "no reason given")
         # Who answered is what the link knows, not what the reply says of itself.
         return Message(reply.content, reply_to=sent)

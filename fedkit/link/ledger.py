@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from fedkit.link.frames import Parcel
+from fedkit.link.frames import MAX_MESSAGE_BYTES, Parcel
 from fedkit.link.node import Instruction, Lost, Node
 from fedkit.link.spool import Reply, Spool
 
@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from fedkit.link.session import Session
 
 TRANSFERS_IN_FLIGHT = 64
-# Clients that are gone are remembered, those that went longest ago least.
+JOIN_BYTES = 1 << 20
+# Clients that are gone are remembered; beyond so many, not those that went longest ago.
 NODES_REMEMBERED = 20_000
 
 
@@ -74,18 +75,20 @@ class Ledger:
     ) -> Node | None:
         """Queue an instruction once there is room for another transfer; the node to be woken."""
         with self._lock:
-            left = None if deadline is None else max(0.0, deadline - time.monotonic())
-            room = self._lock.wait_for(lambda: self._slots > 0, left)
             node = self._nodes.get(node_id)
+            # One that may come back takes no slot meanwhile from those that are here.
+            waits = node is not None and node.session is not None
+            left = None if deadline is None else max(0.0, deadline - time.monotonic())
+            room = not waits or self._lock.wait_for(lambda: self._slots > 0, left)
             if node is None or not node.here:
                 self._settle(key, Lost("it is not connected"), "lost")
                 return None
             if not room:
                 self._settle(key, Lost("the time was up before it could be sent"), "lost")
                 return None
-            self._slots -= 1
+            self._slots -= waits
             node.settled.pop(key, None)
-            node.pending[key] = Instruction(parcel, account)
+            node.pending[key] = Instruction(parcel, account, has_slot=waits)
             node.unsent.append(key)
             return node
 
@@ -106,12 +109,20 @@ class Ledger:
             if node.session is not session:
                 return False  # another connection has taken over
             node.session = None
+            node.left_at = time.monotonic()
             over = node.left or node.goodbye is not None or node.refusal is not None
             if over:
                 self._drop(node, "it left" if node.left else "it was sent away")
             else:
-                node.lost_at = time.monotonic()
+                node.lost_at = node.left_at
+                for instruction in node.pending.values():
+                    self._free(instruction)
             return over
+
+    def leaving(self, node: Node, session: Session) -> None:
+        """The client says on that connection that it goes on purpose."""
+        with self._lock:
+            node.left = node.session is session
 
     def give_up(self, node: Node, lost_at: float, reason: str) -> bool:
         """The node has not come back; false if it has."""
@@ -138,10 +149,14 @@ class Ledger:
         with self._lock:
             self._free(instruction)
 
-    def awaits(self, node: Node, key: str) -> bool:
-        """Whether a reply to ``key`` from this node would count."""
+    def limit_of(self, node: Node, key: str) -> int | None:
+        """How large this node's reply to ``key`` may be; None if it would not count."""
         with self._lock:
-            return key in node.pending
+            if key not in node.pending:
+                return None
+            # Who is asked to join is still a stranger, and has but a few words to say.
+            joining = node.pending[key].account.startswith("query.")
+            return JOIN_BYTES if joining else MAX_MESSAGE_BYTES
 
     def answer(self, node: Node, key: str, reply: Reply | None, carried: int) -> str:
         """A whole reply came: ``answered``, or why it does not count (late, duplicate, unasked).
@@ -193,8 +208,11 @@ class Ledger:
 
     def _forget_strangers(self) -> None:
         # Whoever may join could come under ever new identities.
+        many = len(self._nodes) - NODES_REMEMBERED
+        if many <= 0:
+            return
         gone = [node for node in self._nodes.values() if not node.here]
-        for node in gone[: max(0, len(self._nodes) - NODES_REMEMBERED)]:
+        for node in sorted(gone, key=lambda node: node.left_at)[:many]:
             del self._nodes[node.node_id], self._by_identity[node.identity]
 
     def _drop(self, node: Node, reason: str) -> None:

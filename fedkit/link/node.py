@@ -75,6 +75,8 @@ class Node:
         secret: SHA-256 (hex) of the secret by which the device proves that it is the same one.
         certificate: common name of its certificate, where the server demands one.
         token: id of the token with which it came in.
+        lost_at: when its connection ended without a word, while it may still come back (monotonic).
+        left_at: when its last connection ended.
         settled: its latest instructions that are over, and how they ended.
     """
 
@@ -90,6 +92,7 @@ class Node:
     session: Session | None = None
     left: bool = False
     lost_at: float | None = None
+    left_at: float = 0.0
     goodbye: dict[str, Any] | None = None
     refusal: Refusal | None = None
 

@@ -124,11 +124,8 @@ class LinkServer:
 
     def processes(self) -> dict[int, str]:
         """The processes that are connected now, by node: another word means that it was restarted."""
-        return {
-            node.node_id: node.session.token
-            for node in self._ledger.nodes()
-            if node.session is not None
-        }
+        sessions = {node.node_id: node.session for node in self._ledger.nodes()}
+        return {node_id: s.token for node_id, s in sessions.items() if s is not None}
 
     def send(
         self,
@@ -248,7 +245,9 @@ class LinkServer:
                 raise FrameError("the stream ended")
             kind, hello, _ = parse_frame(first)
         except TimeoutError:
-            raise Refusal(bad, f"No greeting came within {HELLO_WAIT_S:.0f} seconds.") from None
+            # An honest client on a bad line: it shall try again.
+            sentence = f"No greeting came within {HELLO_WAIT_S:.0f} seconds."
+            raise Refusal(grpc.StatusCode.ABORTED, sentence) from None
         except FrameError as error:
             raise Refusal(bad, f"The greeting is not fedkit's: {error}.") from None
         finally:
@@ -273,7 +272,7 @@ class LinkServer:
         )
         if crowded:
             sentence = "Too many devices knock at the same time: try again in a few seconds."
-            raise Refusal(grpc.StatusCode.UNAVAILABLE, sentence)
+            raise Refusal(grpc.StatusCode.ABORTED, sentence)
 
     async def _let_in(
         self, hello: dict[str, Any], context: Any
@@ -285,14 +284,7 @@ class LinkServer:
         node = self._ledger.find(identity)
         if node is not None:
             node.check_owner(secret, certificate)
-            # The same process has come back; another one may not, while the first is alive. A
-            # connection that broke without a word is not, and bars nobody.
-            other = node.session is not None and not process == node.session.token != ""
-            if other and node.session and await node.session.answers(PROBE_WAIT_S):
-                raise Refusal(
-                    grpc.StatusCode.ALREADY_EXISTS,
-                    f"{node.name} is connected already: two processes use one state directory.",
-                )
+            await self._make_way(node, process)
         # From here on nothing else runs on the loop until the node is entered.
         node = self._ledger.find(identity)
         node_id = node.node_id if node is not None else self._ledger.next_id()
@@ -309,6 +301,18 @@ class LinkServer:
         if notice is not None:
             _log.warning("%s: %s", name, notice)
         return node, session, {**welcome, "node_id": node_id, "notice": notice}
+
+    async def _make_way(self, node: Node, process: str) -> None:
+        """Let the same process come back at once; another one only where the first is dead."""
+        # Another connection may come in while this one waits.
+        while (session := node.session) is not None and not process == session.token != "":
+            if await session.answers(PROBE_WAIT_S):
+                raise Refusal(
+                    grpc.StatusCode.ALREADY_EXISTS,
+                    f"{node.name} is connected already: two processes use one state directory.",
+                )
+            if node.session is session:
+                return  # it broke without a word, and bars nobody
 
     def _give_up(self, node: Node, lost_at: float) -> None:
         reason = f"it vanished and did not come back in {self._grace:g} seconds"

@@ -12,7 +12,15 @@ from typing import TYPE_CHECKING, Any
 import grpc
 import grpc.aio
 
-from fedkit.link.frames import Assembler, FrameError, Kind, frame, message_frames
+from fedkit.link.frames import (
+    MAX_MESSAGE_BYTES,
+    Assembler,
+    FrameError,
+    Garbled,
+    Kind,
+    frame,
+    message_frames,
+)
 from fedkit.link.frames import parse as parse_frame
 from fedkit.link.node import Node
 
@@ -51,6 +59,7 @@ class Session:
         self._writing_since = math.inf
         self._urgent: deque[bytes] = deque()
         self._uncalled = 0
+        self._leaving = False
         self._carried = 0
         self._wake.set()
 
@@ -67,7 +76,7 @@ class Session:
         """Cut it if the client takes nothing any more; called now and then."""
         if time.monotonic() - self._writing_since > STALL_S:
             _log.warning("%s takes nothing any more: its connection is cut.", self._node.name)
-            self._cut(grpc.StatusCode.UNAVAILABLE, "The connection stands still.")
+            self._cut(grpc.StatusCode.ABORTED, "The connection stands still.")
 
     def _cut(self, status: grpc.StatusCode, sentence: str) -> None:
         self._verdict = status, sentence
@@ -90,7 +99,7 @@ class Session:
 
     async def run(self, welcome: dict[str, Any]) -> None:
         """Carry messages until the client leaves, vanishes, is sent away, or the run is over."""
-        await self._context.write(frame(Kind.WELCOME, welcome))
+        self._urgent.appendleft(frame(Kind.WELCOME, welcome))
         tasks = [
             asyncio.create_task(part) for part in (self._read(), self._write(), self._ended.wait())
         ]
@@ -110,6 +119,9 @@ class Session:
 
     async def _fail(self, fault: BaseException) -> None:
         name = self._node.name
+        if isinstance(fault, Garbled):
+            _log.warning("A reply of %s came garbled: it is sent again.", name)
+            await self._context.abort(grpc.StatusCode.DATA_LOSS, f"{fault}.")
         if isinstance(fault, FrameError):
             _log.warning("%s sent nonsense: %s.", name, fault)
             await self._context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"{fault}.")
@@ -123,7 +135,7 @@ class Session:
         self._wake.set()
 
     async def _read(self) -> None:
-        while not self._node.left:
+        while not self._leaving:
             data = await self._context.read()
             if data is grpc.aio.EOF:
                 return
@@ -137,12 +149,16 @@ class Session:
         complete = None
         if kind is Kind.MESSAGE:
             # A late or unasked-for reply is not held in memory, whatever its size.
-            wanted = self._ledger.awaits(self._node, str(head.get("key")))
-            complete = self._assembler.begin(head, body, keep=wanted)
+            limit = self._ledger.limit_of(self._node, str(head.get("key")))
+            keep = limit is not None
+            complete = self._assembler.begin(
+                head, body, keep=keep, limit=MAX_MESSAGE_BYTES if limit is None else limit
+            )
         elif kind is Kind.CHUNK:
             complete = self._assembler.add(body)
         elif kind is Kind.LEAVE:
-            self._node.left = True
+            self._leaving = True
+            self._ledger.leaving(self._node, self)
         elif kind is not Kind.HERE:
             raise FrameError(f"a client does not send {kind.name}")
         if complete is not None:
@@ -153,14 +169,17 @@ class Session:
         reply = None if buffers is None else self._ledger.spool.keep(buffers)
         del buffers
         if reply is not None and reply.is_too_much:
-            await asyncio.to_thread(reply.write_out)
+            # The thread goes on where this connection is cut, and then counts what it moved.
+            await asyncio.shield(asyncio.to_thread(reply.write_out))
         outcome = self._ledger.answer(self._node, key, reply, carried)
         if outcome in ("late", "unasked"):
             self._uncalled += 1
             if self._uncalled > UNCALLED_FOR:
                 raise FrameError(f"it sent {self._uncalled} replies that nobody waits for")
             _log.warning("A reply of %s to %s does not count: %s.", self._node.name, key, outcome)
-            self._say(Kind.WITHDRAW, {"key": key})
+            # Asked again while it came, it is awaited once more.
+            if self._ledger.limit_of(self._node, key) is None:
+                self._say(Kind.WITHDRAW, {"key": key})
 
     async def _write(self) -> None:
         node = self._node
@@ -183,6 +202,8 @@ class Session:
         key, instruction = following
         try:
             for data in message_frames(key, instruction.parcel):
+                if self._node.goodbye is not None or self._node.refusal is not None:
+                    break  # a slow line must hear of it before the rest of a message that is void
                 self._ledger.bytes_sent[instruction.account] += len(data)
                 await self._put(data)
                 await self._speak()

@@ -38,7 +38,7 @@ class Guard:
             certificate: the name in the client's verified certificate, if it has shown one.
 
         Raises:
-            Refusal: UNAUTHENTICATED for a token that is missing, unknown or revoked; UNAVAILABLE
+            Refusal: UNAUTHENTICATED for a token that is missing, unknown or revoked; ABORTED
                 while the file of tokens can't be read, so that the client tries again.
         """
         if self._tokens is None:
@@ -55,7 +55,7 @@ class Guard:
         except FedkitError as error:
             self._complain(error)
             raise Refusal(
-                grpc.StatusCode.UNAVAILABLE, "The server can't read its tokens: tell its operator."
+                grpc.StatusCode.ABORTED, "The server can't read its tokens: tell its operator."
             ) from None
         if found is None:
             raise _refused(

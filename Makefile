@@ -5,13 +5,13 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export FLWR_TELEMETRY_ENABLED := 0
 
-.PHONY: demo test check wheel-test network network-table faults clean
+.PHONY: demo test check wheel-test network network-table faults slow clean
 
 demo: $(VENV)/installed
 	$(BIN)/fedkit run --strategy ktpfl --clients 4 --rounds 10
 
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: $(VENV)/installed-dev
 	$(BIN)/ruff check .
@@ -21,6 +21,10 @@ check: $(VENV)/installed-dev
 # Processes killed, stopped, cut off and starved at random instants: half an hour (docs/reliability.md).
 faults: $(VENV)/installed-dev
 	$(BIN)/python -m tests.faults.trials --trials 50 --seed 1
+
+# Five times more training clients than cores: under a minute and a half.
+slow: $(VENV)/installed-dev
+	$(BIN)/python -m pytest -m slow tests/test_busy.py
 
 # A wheel as users get it: built, installed elsewhere, two rounds outside the repository.
 wheel-test: $(VENV)/installed-dev

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -131,7 +132,11 @@ def client(
         reset_state=reset_state,
     )
     one = Client(plan)
-    goodbye = one.run()
+    try:
+        goodbye = one.run()
+    except KeyboardInterrupt:
+        print(f"Stopped; what this device keeps is in {one.state_path}.", file=sys.stderr)
+        raise
     if not terminal.quiet:
         print(goodbye)
         if one.model_path:

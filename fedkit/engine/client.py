@@ -102,6 +102,11 @@ class Client:
             self._directory.close()
 
     @property
+    def state_path(self) -> Path:
+        """Where everything is kept."""
+        return self._directory.path
+
+    @property
     def model_path(self) -> Path | None:
         """Where the client's own model is, once the run is over."""
         return self._membership.model_path if self._membership else None

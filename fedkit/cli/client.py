@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from fedkit.cli import terminal
-from fedkit.cli.options import with_settings
+from fedkit.cli.options import LOCAL_SERVER, Server, checked_address, with_settings
 from fedkit.errors import UsageError
 from fedkit.security.settings import ClientSecurity, check_client, resolve_token
 from fedkit.settings import DataSettings
@@ -43,14 +43,7 @@ def client(
             help="Which shard of the data set it holds, counted from 0; auto takes a free one.",
         ),
     ] = None,
-    server: Annotated[
-        str,
-        typer.Option(
-            metavar="HOST:PORT",
-            help="Where the server listens.  [default: 127.0.0.1:8090]",
-            show_default=False,
-        ),
-    ] = "127.0.0.1:8090",
+    server: Server = LOCAL_SERVER,
     dataset: Annotated[
         str | None, typer.Option(help="Refuse a federation on another data set.")
     ] = None,
@@ -116,7 +109,7 @@ def client(
     if max_wait_time is not None and not math.isfinite(max_wait_time):
         raise UsageError(f"--max-wait-time takes a number of seconds, not {max_wait_time}.")
     security = build(ClientSecurity, settings)
-    check_client(_address(server), security)
+    check_client(checked_address(server), security)
     plan = ClientPlan(
         server=server,
         shard=_shard(data_shard),
@@ -141,13 +134,6 @@ def client(
         print(goodbye)
         if one.model_path:
             print(f"The model is in {one.model_path}.")
-
-
-def _address(text: str) -> str:
-    host, colon, port = text.rpartition(":")
-    if not colon or not host or not port.isdigit() or not 0 < int(port) < 65536:
-        raise UsageError(f"--server takes HOST:PORT, as in 127.0.0.1:8090, not {text!r}.")
-    return text
 
 
 def _shard(text: str | None) -> int | None:

@@ -9,8 +9,14 @@ from typing import Annotated, Any
 
 import typer
 
-from fedkit.cli.options import Format, wants_json, with_settings
-from fedkit.errors import UsageError
+from fedkit.cli.options import (
+    LOCAL_SERVER,
+    Format,
+    Server,
+    checked_address,
+    wants_json,
+    with_settings,
+)
 from fedkit.link.reach import (
     FAIL,
     OK,
@@ -39,14 +45,7 @@ def register(app: typer.Typer) -> None:
 
 @with_settings(ClientSecurity, DataSettings)
 def doctor(
-    server: Annotated[
-        str,
-        typer.Option(
-            metavar="HOST:PORT",
-            help="Where the server listens.  [default: 127.0.0.1:8090]",
-            show_default=False,
-        ),
-    ] = "127.0.0.1:8090",
+    server: Server = LOCAL_SERVER,
     device: Annotated[
         str,
         typer.Option(
@@ -243,9 +242,7 @@ def _refusal(error: Any, server: str, security: ClientSecurity) -> Finding:
 
 
 def _split(server: str) -> tuple[str, int]:
-    host, colon, port = server.rpartition(":")
-    if not colon or not host or not port.isdigit() or not 0 < int(port) < 65536:
-        raise UsageError(f"--server takes HOST:PORT, as in 127.0.0.1:8090, not {server!r}.")
+    host, _, port = checked_address(server).rpartition(":")
     return host.removeprefix("[").removesuffix("]"), int(port)
 
 

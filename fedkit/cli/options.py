@@ -42,6 +42,25 @@ Format = Annotated[
 ]
 
 
+Server = Annotated[
+    str,
+    typer.Option(
+        metavar="HOST:PORT",
+        help="Where the server listens.  [default: 127.0.0.1:8090]",
+        show_default=False,
+    ),
+]
+LOCAL_SERVER = "127.0.0.1:8090"
+
+
+def checked_address(text: str) -> str:
+    """``--server`` as it was typed; ``UsageError`` if it is no HOST:PORT."""
+    host, colon, port = text.rpartition(":")
+    if not colon or not host or not port.isdigit() or not 0 < int(port) < 65536:
+        raise UsageError(f"--server takes HOST:PORT, as in {LOCAL_SERVER}, not {text!r}.")
+    return text
+
+
 def wants_json(format: str) -> bool:
     """Whether ``--format`` asks for JSON; ``UsageError`` if it asks for something unknown."""
     if format not in ("text", "json"):

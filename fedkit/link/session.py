@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 # A connection that takes not even one more chunk in this time holds up others.
-STALL_S = 60.0
+STALL_S = 180.0
 # Replies that come too late happen; ever more of them on one connection are an attack.
 UNCALLED_FOR = 100
 

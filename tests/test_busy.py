@@ -15,7 +15,7 @@ from processes import until
 
 from fedkit.link.node import Lost
 
-BUSY_S = 35.0  # keepalive gives up after 20
+BUSY_S = 45.0  # keepalive gives up after 30
 CLIENT = """
 import sys, time
 from fedkit.link.client import Answer, LinkClient

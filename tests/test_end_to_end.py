@@ -113,11 +113,15 @@ def test_processes_and_one_process_agree_to_the_bit(demo):
     ("strategy", "settings", "models"),
     [
         ("fedavg", {}, ["global"]),
-        ("fedmd", {"init_epochs": 3, "codec": "topk:3"}, []),
         ("feddf", {"steps": 20}, ["student-cnn", "student-lenet"]),
-        ("feddistill", {"exchange": "weights", "teacher_first": 1}, ["global"]),
-        ("fd", {}, []),
-        ("fedproto", {}, []),
+        # Ten seconds each; `make slow` has the rest.
+        pytest.param("fedmd", {"init_epochs": 3, "codec": "topk:3"}, [], marks=pytest.mark.slow),
+        pytest.param(
+            *("feddistill", {"exchange": "weights", "teacher_first": 1}, ["global"]),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param("fd", {}, [], marks=pytest.mark.slow),
+        pytest.param("fedproto", {}, [], marks=pytest.mark.slow),
     ],
 )
 def test_other_strategies_run_from_python(strategy, settings, models, tmp_path):

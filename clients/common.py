@@ -13,6 +13,7 @@ from flwr.clientapp.typing import ClientAppCallable
 
 from clients import memory
 from clients.edge import ALONE, OWN, Edge, edge_of
+from clients.joining import PublicMissing, take_offer
 from fedkit.data.samples import Samples
 from fedkit.models.build import build_model, parameter_count
 from fedkit.models.files import about_of
@@ -35,7 +36,12 @@ def client_app(local_work: LocalWork) -> ClientApp:
     @app.query("join")
     def join(message: Message, context: Context) -> Message:
         """Load everything, and tell what the federation must agree on."""
-        edge = edge_of(context)
+        take_offer(message, context)
+        try:
+            edge = edge_of(context)
+        except PublicMissing as missing:
+            lacking = ConfigRecord({"lacks-public": str(missing)})
+            return Message(RecordDict({"join": lacking}), reply_to=message)
         facts = ConfigRecord(
             {
                 "client": edge.client,
@@ -43,7 +49,7 @@ def client_app(local_work: LocalWork) -> ClientApp:
                 "device": str(edge.device),
                 "public-digest": edge.data.public_digest,
                 "partition-digest": edge.data.partition_digest,
-                "classes": list(edge.data.dataset.classes),
+                "classes": list(edge.data.classes),
                 "codecs": names("codecs"),
             }
         )

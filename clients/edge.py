@@ -12,11 +12,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from clients import memory
+from clients.joining import federated_data
 from fedkit.data.samples import Samples
-from fedkit.data.splits import ClientData, FederatedData, cut
-from fedkit.errors import FedkitError
+from fedkit.data.splits import ClientData, FederatedData
+from fedkit.models.budget import check_budget
 from fedkit.models.build import build_model
 from fedkit.models.device import pick_device, repeatable
+from fedkit.models.trial import try_one_batch
 from fedkit.seeds import torch_generator
 from fedkit.settings import DataSettings, FederationSettings, build
 
@@ -78,6 +80,7 @@ def edge_of(context: Context) -> Edge:
     """The live edge of this context: built, or rebuilt from the context's state, on first use.
 
     Raises:
+        PublicMissing: of all that it needs the public set alone is not here.
         FedkitError: data are missing, or the shard or the device does not exist.
     """
     live = getattr(context, "_fedkit_edge", None)
@@ -98,7 +101,7 @@ def _build(context: Context) -> Edge:
     sources = DataSettings(
         str(node.get("data-root", "")), bool(node.get("allow-checksum-mismatch", False))
     )
-    data = cut(settings, sources)
+    data = federated_data(context, settings, sources)
     shard = data.shard(client)
     edge = Edge(
         settings=settings,
@@ -108,24 +111,42 @@ def _build(context: Context) -> Edge:
         data=data,
         private=ClientData(shard.train.to(device), shard.val.to(device), shard.test.to(device)),
         public=data.public.to(device),
-        global_test=data.dataset.test.to(device),
+        # Of a device's own data the test part is its own; nobody else can be compared on it.
+        global_test=(shard.test.take(torch.arange(0)) if data.own else data.dataset.test.all()).to(
+            device
+        ),
         outputs=data.outputs,
     )
     slots = (OWN, ALONE) if settings.alone else (OWN,)
+    _keep_to_budget(edge, context, len(slots))
     for slot in slots:
         model = build_model(edge.model_name, data.shape, edge.outputs, settings.seed, client)
         memory.recall_model(context, slot, model)
         edge.models[slot] = model.to(device)
-    _try_one_batch(edge)
+    try_one_batch(edge.own, _two(edge), edge.outputs, edge.model_name)
     return edge
 
 
-def _try_one_batch(edge: Edge) -> None:
-    edge.own.eval()
-    with torch.inference_mode():
-        logits = edge.own(edge.private.train.inputs(slice(0, 2)))
-    if logits.dim() != 2 or logits.shape[1] != edge.outputs or not logits.isfinite().all():
-        raise FedkitError(
-            f"The model {edge.model_name} gives {tuple(logits.shape)} for two images "
-            f"instead of (2, {edge.outputs}) finite logits."
-        )
+def _two(edge: Edge) -> Tensor:
+    """What its network reads, of two samples (or one); a tiny shard may only have test data."""
+    private = edge.private
+    return (private.train if len(private.train) else private.test).inputs(slice(0, 2))
+
+
+def _keep_to_budget(edge: Edge, context: Context, models: int) -> None:
+    """Refuse a network that this device has no memory to train, before it is made."""
+    budget = int(context.node_config.get("memory-budget", 0))
+    if not budget:
+        return
+    # Running a network without numbers loads half of torch: only who asks for it pays.
+    from fedkit.models.cost import cost, training_memory
+
+    batch = memory.recall_batch_size(context)
+    one = _two(edge)
+    network = edge.model_name, edge.data.shape, edge.outputs
+    needed = training_memory(*network, batch, one.dtype)
+    held = (edge.private.train, edge.private.val, edge.private.test, edge.public, edge.global_test)
+    data = sum(part.data.numel() * part.data.element_size() for part in held)
+    # The reference's weights lie beside; one of the two trains at a time.
+    beside = cost(*network, tokens=one.dtype == torch.int64).bytes * (models - 1)
+    check_budget(needed + beside + data, budget)

@@ -14,6 +14,7 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context
 from torch import nn
 
+from fedkit.data.agreement import Agreement, read_agreement
 from fedkit.models.files import About
 
 
@@ -32,6 +33,24 @@ def recall_model(context: Context, name: str, model: nn.Module) -> None:
     record = context.state.get(f"{name}-model")
     if isinstance(record, ArrayRecord):
         model.load_state_dict(record.to_torch_state_dict())
+
+
+def keep_agreement(context: Context, agreement: Agreement, batch_size: int) -> None:
+    """Put into the state what the server told of the federation at join."""
+    told = ConfigRecord({"json": agreement.as_json(), "batch-size": batch_size})
+    context.state["agreement"] = told
+
+
+def recall_agreement(context: Context) -> Agreement | None:
+    """What the server told of the federation at join, if it did."""
+    record = context.state.config_records.get("agreement")
+    return None if record is None else read_agreement(str(record["json"]))
+
+
+def recall_batch_size(context: Context) -> int:
+    """The largest batch that this federation trains with, as the server told it."""
+    record = context.state.config_records.get("agreement")
+    return 64 if record is None else int(str(record["batch-size"]))
 
 
 def keep_optimiser(context: Context, name: str, optimiser: torch.optim.Optimizer) -> None:

@@ -49,7 +49,7 @@ def _pretrain(edge: Edge, config: ConfigRecord) -> float:
     return train(
         edge.own,
         edge.public,
-        edge.data.public_targets().to(edge.device),
+        edge.public.labels,
         cross_entropy,
         make_optimiser("adam", edge.own, cast(float, config["pretrain-rate"])),
         epochs=cast(int, config["pretrain-epochs"]),

@@ -3,6 +3,9 @@
 An error message says what is wrong, where, and what to do. Nobody but ``--debug`` sees a traceback.
 """
 
+import traceback
+from pathlib import Path
+
 LONGEST = 500
 
 
@@ -21,6 +24,19 @@ class UsageError(FedkitError):
 def plain(text: str | None) -> str:
     """What a stranger wrote, fit for a line of a log or a screen: printable, and not for ever."""
     return "".join(letter if letter.isprintable() else " " for letter in (text or "")[:LONGEST])
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, as Python, torch on a GPU or torch on the CPU say it."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
+def where_raised(error: BaseException) -> str:
+    """File and line where an error was raised."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{Path(last.filename).name}:{last.lineno}"
 
 
 def error_of(exit_code: int, sentence: str) -> FedkitError:

@@ -1,12 +1,16 @@
 """One door for everything that is found by name: Python entry points, ours and anybody's.
 
-A name that arrives over the network is looked up here and nowhere else.
+A name that arrives over the network is looked up here and nowhere else. A user's own code is named as
+``package.module:attribute``; it is imported only if this process's own command line named it.
 """
 
 from __future__ import annotations
 
 import difflib
+import importlib
 import importlib.util
+import re
+import sys
 from collections.abc import Iterable
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
@@ -25,6 +29,10 @@ KINDS = {
     "codecs": "codec",
     "aggregators": "aggregator",
 }
+# What may be a user's own code; the rest comes from installed packages.
+OWN_CODE = ("models", "datasets", "partitions")
+_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
+_allowed: set[str] = set()
 
 
 def names(kind: str) -> list[str]:
@@ -38,9 +46,46 @@ def split(spec: str) -> tuple[str, str | None]:
     return name, argument if colon else None
 
 
+def allow(*specs: str) -> None:
+    """Take note that this process's own command line named ``specs``: code to import, files to read."""
+    for spec in specs:
+        path = _PATH.match(spec)
+        _allowed.update({spec, path.group()} if path else {spec})
+
+
+def is_allowed(spec: str) -> bool:
+    """Whether this process's own command line named ``spec``."""
+    return spec in _allowed
+
+
+def code_of(kind: str, spec: str) -> str | None:
+    """``package.module:attribute``, if that is what ``spec`` names (an argument may follow)."""
+    path = _PATH.match(spec) if kind in OWN_CODE and split(spec)[0] not in names(kind) else None
+    return path.group() if path and spec[path.end() : path.end() + 1] in ("", ":") else None
+
+
 def check(kind: str, spec: str) -> None:
     """Raise ``UsageError`` with the nearest names unless ``spec`` names something of this kind."""
-    _entry(kind, split(spec)[0])
+    path = code_of(kind, spec)
+    if path is None:
+        _entry(kind, split(spec)[0])
+    else:
+        _check_code(kind, path)
+
+
+def find(kind: str, spec: str) -> tuple[Any, str | None]:
+    """What ``spec`` names, ours or the user's own, and the argument after it.
+
+    Raises:
+        UsageError: nothing of this kind has that name, or it is code that may not be imported.
+        FedkitError: the user's own code can't be imported.
+    """
+    path = code_of(kind, spec)
+    if path is None:
+        name, argument = split(spec)
+        return load(kind, name), argument
+    _check_code(kind, path)
+    return _import(kind, path), split(spec[len(path) :])[1]
 
 
 def load(kind: str, name: str) -> Any:
@@ -63,6 +108,46 @@ def suggest(word: str, known: Iterable[str]) -> str:
     if near:
         return f" (did you mean {' or '.join(near)}?)"
     return f" (there is: {', '.join(known)})" if known else ""
+
+
+def _check_code(kind: str, path: str) -> None:
+    module, _, _ = path.partition(":")
+    if path not in _allowed:
+        raise UsageError(
+            f"There is no {KINDS[kind]} {module!r}{suggest(module, names(kind))}; if {path} is code of "
+            f"your own, give --allow {path} to let this process import it."
+        )
+    _find_in_current_folder()
+    try:
+        spec = importlib.util.find_spec(module)
+    except (ImportError, ValueError):
+        spec = None  # the package that it should be in is not there, or is no package
+    if spec is None:
+        raise UsageError(
+            f"There is no {KINDS[kind]} {module!r}{suggest(module, names(kind))}, and no Python module "
+            f"{module} in this folder, on PYTHONPATH or installed."
+        )
+
+
+def _import(kind: str, path: str) -> Any:
+    module, _, attribute = path.partition(":")
+    try:
+        loaded = importlib.import_module(module)
+    except Exception as error:  # whatever somebody's module raises while it is imported
+        raise FedkitError(
+            f"The {KINDS[kind]} {path} can't be imported: {type(error).__name__}: {error}."
+        ) from error
+    thing = getattr(loaded, attribute, None)
+    if not callable(thing):
+        found = [name for name, value in vars(loaded).items() if callable(value)]
+        raise UsageError(f"{module} has no function {attribute!r}{suggest(attribute, found)}.")
+    return thing
+
+
+def _find_in_current_folder() -> None:
+    # Last, so that a folder of the user's own can't hide anybody's package.
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))
 
 
 @cache

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 from fedkit.errors import UsageError
-from fedkit.registry import suggest
+from fedkit.registry import allow, suggest
 
 Value = bool | int | float | str
 T = TypeVar("T")
@@ -62,7 +62,7 @@ class FederationSettings:
     dataset: str = setting("digits", "the data set: see `fedkit list datasets`")
     public: str = setting(
         "auto",
-        "the public set, NAME:COUNT; with the data set's own name a seeded part of its training "
+        "the public set, DATASET[:COUNT]; with the data set's own name a seeded part of its training "
         "data, which no client then holds; auto: digits:400, or 5000 samples of a larger set",
     )
     partition: str = setting(
@@ -70,6 +70,11 @@ class FederationSettings:
     )
     public_labels: bool = setting(
         False, "use the labels of the public set, where a strategy has a use for them"
+    )
+    augment: str = setting(
+        "none",
+        "what is done at random to images in private training: flip, crop[:PAD], rotate:DEGREES, "
+        "comma-separated",
     )
     num_shards: int = setting(
         20, "into how many shards the private data are dealt; shards count from 0", minimum=1
@@ -141,6 +146,15 @@ class DataSettings:
     allow_checksum_mismatch: bool = setting(
         False, "use files whose checksum is not the published one, with a warning"
     )
+    allow: str = setting(
+        "",
+        "what this machine may use where the server's settings or a saved model name it: code of "
+        "your own (package.module:function), folder:PATH, csv:PATH; several with ; between",
+        unit="names",
+    )
+
+    def __post_init__(self) -> None:
+        allow(*(spec.strip() for spec in self.allow.split(";") if spec.strip()))
 
 
 @dataclass(frozen=True)
@@ -160,6 +174,9 @@ class ServerSettings:
         unit="seconds",
         minimum=0,
         maximum=1e7,
+    )
+    send_public: bool = setting(
+        True, "send the public set to a client that does not have it; it is kept there"
     )
     max_message: int = setting(
         2**32, "the largest message that is taken from a client", unit="bytes", minimum=1024

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from pathlib import Path
+from tempfile import gettempdir
 from typing import Any
 
 from flwr.app import ArrayRecord, Message, RecordDict
@@ -142,6 +144,7 @@ class InProcessFederation:
                 "num-partitions": self.plan.federation.num_shards,
                 "model": model,
                 "device": "cpu",
+                "public-sets": str(Path(gettempdir()) / "fedkit-test-public-sets"),
                 "data-root": self.plan.data.data_root,
                 "allow-checksum-mismatch": self.plan.data.allow_checksum_mismatch,
             }
@@ -156,6 +159,7 @@ class InProcessFederation:
             self.plan.federation,
             self.emit,
             check=lambda node_id, facts: self.view.why_not(facts),
+            offer=self.view.offer,
             evaluate_fn=lambda round, arrays: self.view.measure(
                 self.strategy.server_models(arrays)
             ),

@@ -236,7 +236,7 @@ def test_another_data_set_is_read_on_the_scale_that_the_model_has_learned(run, m
 
 def test_images_of_another_size_are_a_sentence(run, monkeypatch):
     other, (found, *_) = digits(), models_of(state_of(run))
-    larger = replace(other.test, images=other.test.images.repeat(1, 1, 2, 2))
+    larger = replace(other.test, data=other.test.data.repeat(1, 1, 2, 2))
     monkeypatch.setattr(measuring, "_open", lambda spec, sources: replace(other, test=larger))
     with pytest.raises(FedkitError, match=r"images of 1x8x8 and tells 10 classes.*1x16x16"):
         measuring.evaluate(found.read(), DataSettings(), dataset="larger")

@@ -177,9 +177,9 @@ def test_students_learn_the_softmax_of_the_mean_scores(lessons, temperature):
 def test_students_learn_on_the_samples_that_were_answered(lessons):
     run, wire = ran(**LOGITS, clients=2, rounds=2)
     for round, job in enumerate(lessons, 1):
-        images = run.view.data.public.images[torch.from_numpy(subset_of(wire, round))]
-        assert torch.equal(job.samples.images, images)
-    assert not torch.equal(lessons[0].samples.images, lessons[1].samples.images)
+        images = run.view.data.public.data[torch.from_numpy(subset_of(wire, round))]
+        assert torch.equal(job.samples.data, images)
+    assert not torch.equal(lessons[0].samples.data, lessons[1].samples.data)
 
 
 @pytest.mark.parametrize("weighting", ["equal", "examples"])
@@ -347,8 +347,8 @@ def test_a_row_that_nobody_provides_is_neither_learned_nor_digested(lessons):
     wanted = mean(told.values())
     wanted[6] = told[0][6]
     np.testing.assert_allclose(lessons[0].targets, softmax(wanted[kept]), rtol=1e-5, atol=1e-7)
-    images = run.view.data.public.images[torch.from_numpy(subset_of(wire)[kept])]
-    assert torch.equal(lessons[0].samples.images, images)
+    images = run.view.data.public.data[torch.from_numpy(subset_of(wire)[kept])]
+    assert torch.equal(lessons[0].samples.data, images)
     student = says(run, "lenet", run.strategy.state.models["lenet"], subset_of(wire)[kept])
     for client, target in targets(wire).items():
         np.testing.assert_allclose(target, student, rtol=1e-5, atol=1e-5)

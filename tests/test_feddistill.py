@@ -361,8 +361,8 @@ def test_the_student_learns_the_mean_of_the_soft_labels(lessons, weighting):
         np.testing.assert_allclose(told.sum(axis=2), 1, atol=1e-6)
         wanted = np.average(told, axis=0, weights=weights)
         np.testing.assert_allclose(job.targets, wanted, rtol=1e-5, atol=1e-7)
-        images = run.view.data.public.images[torch.from_numpy(subset_of(wire, round))]
-        assert torch.equal(job.samples.images, images)
+        images = run.view.data.public.data[torch.from_numpy(subset_of(wire, round))]
+        assert torch.equal(job.samples.data, images)
     assert [job.spec for job in lessons] == ["lenet", "lenet"]
 
 

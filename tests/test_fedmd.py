@@ -445,14 +445,14 @@ def test_a_client_digests_the_valid_rows_only(monkeypatch):
     learned, train = [], clients.public.train
 
     def spy(model, samples, *args, **kwargs):
-        learned.append(samples.images)
+        learned.append(samples.data)
         return train(model, samples, *args, **kwargs)
 
     monkeypatch.setattr(clients.public, "train", spy)
     change = say({0: {3: 1, 8: 2, 40: 0}, 1: {8: 2, 9: 4}})
     run, wire = ran(change, **FEDMD | {"space": "prob"}, clients=2, rounds=1)
     indices = wire.down("query.logits", "subset")[0]["indices"]
-    wanted = run.view.data.public.images[torch.from_numpy(indices[[3, 8, 9, 40]]).long()]
+    wanted = run.view.data.public.data[torch.from_numpy(indices[[3, 8, 9, 40]]).long()]
     assert len(learned) == 2
     for images in learned:
         assert torch.equal(images, wanted)

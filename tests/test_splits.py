@@ -9,8 +9,9 @@ import torch
 
 from fedkit.data import splits
 from fedkit.data.datasets import open_dataset
-from fedkit.data.samples import DataSet, Samples
-from fedkit.data.splits import cut, public_digest
+from fedkit.data.samples import DataSet, Pool, Samples, pool_of
+from fedkit.data.public import PublicSet
+from fedkit.data.splits import cut
 from fedkit.errors import UsageError
 from fedkit.settings import DataSettings, FederationSettings
 
@@ -25,7 +26,8 @@ def cut_as(**changes):
 
 def pictures(samples):
     """How often each image is there; no two of digits' 1,797 are alike."""
-    return Counter(image.tobytes() for image in samples.images.numpy())
+    samples = samples.all() if isinstance(samples, Pool) else samples
+    return Counter(image.tobytes() for image in samples.data.numpy())
 
 
 def parts_of(data, number):
@@ -53,13 +55,13 @@ def test_public_test_and_private_are_disjoint_and_complete(partition, val_fracti
 def test_the_common_test_set_is_the_same_for_every_seed():
     first, second = cut_as(seed=1), cut_as(seed=2)
     assert len(first.dataset.test) == TEST
-    torch.testing.assert_close(first.dataset.test.images, second.dataset.test.images)
+    torch.testing.assert_close(first.dataset.test.all().data, second.dataset.test.all().data)
 
 
 @pytest.mark.parametrize("partition", ["iid", "dirichlet:0.3"])
 def test_a_quarter_of_a_shard_only_measures(partition):
     data = cut_as(partition=partition)
-    for number, shard in enumerate(data.shards):
+    for number, shard in enumerate(data.dealt.parts):
         train, val, test = sizes_of(data, number)
         assert test == round(0.25 * len(shard))
         assert (train, val) == (len(shard) - test, 0)
@@ -97,14 +99,13 @@ def test_there_is_no_shard_beyond_the_last(number):
 
 def test_labels_stay_with_their_images():
     data = cut_as()
+    train = data.dataset.train.all()
     label_of = {
         image.tobytes(): label
-        for image, label in zip(
-            data.dataset.train.images.numpy(), data.dataset.train.labels.tolist(), strict=True
-        )
+        for image, label in zip(train.data.numpy(), train.labels.tolist(), strict=True)
     }
     for part in [data.public, *parts_of(data, 0)]:
-        for image, label in zip(part.images.numpy(), part.labels.tolist(), strict=True):
+        for image, label in zip(part.data.numpy(), part.labels.tolist(), strict=True):
             assert label_of[image.tobytes()] == label
 
 
@@ -113,14 +114,14 @@ def test_digits_lend_400_images_by_default(public):
     data = cut_as(public=public)
     assert data.settings.public == "digits:400"
     assert len(data.public) == PUBLIC
-    assert sum(len(shard) for shard in data.shards) == POOL - PUBLIC
+    assert sum(len(shard) for shard in data.dealt.parts) == POOL - PUBLIC
 
 
 @pytest.mark.parametrize("count", [1, 100, 1396])
 def test_the_public_set_has_the_size_that_was_asked_for(count):
     data = cut_as(public=f"digits:{count}")
     assert len(data.public) == count
-    assert sum(len(shard) for shard in data.shards) == POOL - count
+    assert sum(len(shard) for shard in data.dealt.parts) == POOL - count
 
 
 @pytest.mark.parametrize("count", [0, -1, POOL, POOL + 1])
@@ -129,9 +130,14 @@ def test_other_public_sizes_are_refused(count):
         cut_as(public=f"digits:{count}")
 
 
-@pytest.mark.parametrize("public", ["digits", "digits:", "digits:many", "digits:1.5", "400"])
-def test_a_public_set_is_named_with_its_count(public):
+def test_a_part_of_the_private_data_is_named_with_its_count():
     with pytest.raises(UsageError, match="NAME:COUNT"):
+        cut_as(public="digits")
+
+
+@pytest.mark.parametrize("public", ["digits:", "digits:many", "digits:1.5", "400", "letter:5"])
+def test_another_word_is_no_public_set(public):
+    with pytest.raises(UsageError):
         cut_as(public=public)
 
 
@@ -139,7 +145,7 @@ def test_a_public_set_is_named_with_its_count(public):
 def test_public_images_are_in_no_shard(seed):
     data = cut_as(seed=seed, partition="dirichlet:0.5")
     public = pictures(data.public)
-    for shard in data.shards:
+    for shard in data.dealt.parts:
         assert not public & pictures(data.dataset.train.take(torch.from_numpy(shard)))
 
 
@@ -149,7 +155,7 @@ def test_equal_settings_cut_equally():
     assert first.partition_digest == second.partition_digest
     for number in range(4):
         for mine, other in zip(parts_of(first, number), parts_of(second, number), strict=True):
-            torch.testing.assert_close(mine.images, other.images)
+            torch.testing.assert_close(mine.data, other.data)
 
 
 def test_another_seed_cuts_otherwise():
@@ -185,7 +191,11 @@ def test_a_shard_is_the_same_whatever_the_strategy(changes):
     assert first.partition_digest == second.partition_digest
     for number in range(4):
         for mine, other in zip(parts_of(first, number), parts_of(second, number), strict=True):
-            torch.testing.assert_close(mine.images, other.images)
+            torch.testing.assert_close(mine.data, other.data)
+
+
+def digest_of(name, indices, samples):
+    return PublicSet(name, indices, samples).digest()
 
 
 def test_the_public_digest_depends_on_content():
@@ -195,14 +205,14 @@ def test_the_public_digest_depends_on_content():
     changed = images.clone()
     changed[2, 0, 1, 1] += 1
     digests = {
-        public_digest("digits", indices, public),
-        public_digest("mnist", indices, public),
-        public_digest("digits", indices + 1, public),
-        public_digest("digits", indices[::-1], public),
-        public_digest("digits", indices, replace(public, images=changed)),
-        public_digest("digits", indices, replace(public, images=images.flip(0))),
-        public_digest("digits", indices, replace(public, mean=torch.zeros(1))),
-        public_digest("digits", indices, replace(public, std=torch.full((1,), 2.0))),
+        digest_of("digits", indices, public),
+        digest_of("mnist", indices, public),
+        digest_of("digits", indices + 1, public),
+        digest_of("digits", indices[::-1], public),
+        digest_of("digits", indices, replace(public, data=changed)),
+        digest_of("digits", indices, replace(public, data=images.flip(0))),
+        digest_of("digits", indices, replace(public, mean=torch.zeros(1))),
+        digest_of("digits", indices, replace(public, std=torch.full((1,), 2.0))),
     }
     assert len(digests) == 8
     assert all(len(bytes.fromhex(digest)) == 32 for digest in digests)
@@ -213,9 +223,7 @@ def test_the_public_digest_knows_no_labels():
     data = cut_as()
     unlabelled = replace(data.public, labels=torch.zeros_like(data.public.labels))
     chosen = np.arange(PUBLIC)
-    assert public_digest("digits", chosen, unlabelled) == public_digest(
-        "digits", chosen, data.public
-    )
+    assert digest_of("digits", chosen, unlabelled) == digest_of("digits", chosen, data.public)
 
 
 # A public set that is not the private data set's own.
@@ -229,12 +237,14 @@ def letters(monkeypatch):
         generator = torch.Generator().manual_seed(5)
         images = torch.randint(0, 256, (count, *shape), generator=generator, dtype=torch.uint8)
         one = torch.ones(shape[0])
-        samples = Samples(images, torch.arange(count) % 26, one, one)
-        other = DataSet("letters", samples, samples, tuple("abcdefghijklmnopqrstuvwxyz"))
+        pool = pool_of(images, torch.arange(count) % 26, one, one)
+        other = DataSet("letters", pool, pool, tuple("abcdefghijklmnopqrstuvwxyz"))
         monkeypatch.setattr(
             splits,
             "open_dataset",
-            lambda name, sources: other if name == "letters" else open_dataset(name, sources),
+            lambda name, sources, form=None: (
+                other if name == "letters" else open_dataset(name, sources, form)
+            ),
         )
 
     return add
@@ -245,7 +255,7 @@ def test_another_public_set_takes_nothing_from_the_clients(letters, count):
     letters()
     data = cut_as(public=f"letters:{count}")
     assert len(data.public) == count
-    assert sum(len(shard) for shard in data.shards) == POOL
+    assert sum(len(shard) for shard in data.dealt.parts) == POOL
     assert data.outputs == 10
 
 
@@ -266,3 +276,52 @@ def test_public_labels_add_the_public_sets_classes(letters):
     letters()
     assert cut_as(public="letters:60", public_labels=True).outputs == 36
     assert cut_as(public="digits:60", public_labels=True).outputs == 10
+
+
+def test_private_classes_come_after_the_labelled_public_sets(letters):
+    """As FedMD's code numbers them: C = public plus private classes, private labels offset."""
+    letters()
+    plain = cut_as(public="letters:60")
+    data = cut_as(public="letters:60", public_labels=True)
+    assert data.classes == (*"abcdefghijklmnopqrstuvwxyz", *(str(digit) for digit in range(10)))
+    assert data.public.labels.tolist() == [label % 26 for label in range(60)]
+    for number in range(4):
+        for mine, other in zip(parts_of(data, number), parts_of(plain, number), strict=True):
+            assert torch.equal(mine.data, other.data)
+            assert torch.equal(mine.labels, other.labels + 26)
+    assert torch.equal(data.dataset.test.labels, plain.dataset.test.labels + 26)
+    assert data.agreement.first_private == 26
+    assert data.agreement.private_classes == plain.classes
+
+
+def test_a_public_set_without_a_count_is_the_whole_other_set(letters):
+    letters()
+    assert len(cut_as(public="letters").public) == 60
+
+
+def test_shared_samples_train_everybody_and_measure_nobody():
+    data = cut_as(partition="share:0.1+classes:2", num_shards=5, val_fraction=0.2)
+    shared = pictures(data.dataset.train.take(torch.from_numpy(data.dealt.shared[0])))
+    assert len(shared) == 100
+    for number in range(5):
+        train, val, test = parts_of(data, number)
+        assert not shared - pictures(train)
+        assert not shared & pictures(val) and not shared & pictures(test)
+        assert set(train.labels.tolist()) == set(range(10))
+        assert len(set(test.labels.tolist())) == 2
+
+
+def test_only_private_training_is_augmented():
+    data = cut_as(augment="flip")
+    shard = data.shard(0)
+    assert shard.train.augment is not None
+    assert shard.val.augment is shard.test.augment is data.public.augment is None
+    plain = cut_as().shard(0).train
+    rows = slice(0, 64)
+    assert torch.equal(shard.train.inputs(rows), plain.inputs(rows))
+    torch.manual_seed(3)
+    changed = shard.train.training_inputs(rows)
+    mirrored = changed.flip(3)
+    same = (changed == plain.inputs(rows)).flatten(1).all(1)
+    assert (same | (mirrored == plain.inputs(rows)).flatten(1).all(1)).all()
+    assert 10 < int(same.sum()) < 54

@@ -71,9 +71,20 @@ def options(
 
 def main() -> None:
     """Run the command line; every error is one sentence on stderr, unless ``--debug``."""
-    from fedkit.cli import certs, client, doctor, evaluate, export, listing, run, server, token
+    from fedkit.cli import (
+        certs,
+        client,
+        doctor,
+        evaluate,
+        export,
+        listing,
+        partition,
+        run,
+        server,
+        token,
+    )
 
-    for module in (run, server, client, certs, token, listing, export, evaluate, doctor):
+    for module in (run, server, client, certs, token, listing, partition, export, evaluate, doctor):
         module.register(app)
     signal.signal(signal.SIGTERM, _on_sigterm)
     try:

@@ -12,12 +12,15 @@ import typer
 from fedkit.cli import terminal
 from fedkit.cli.options import LOCAL_SERVER, Server, checked_address, with_settings
 from fedkit.errors import UsageError
+from fedkit.models.budget import read_bytes
 from fedkit.security.settings import ClientSecurity, check_client, resolve_token
 from fedkit.settings import DataSettings
 
 EXAMPLES = """\b
 Examples:
   fedkit client --model resnet18 --data-shard 3
+  fedkit client --model resnet18 --dataset folder:~/pictures --memory-budget 2GB
+  fedkit client --model my_networks:tiny --data-shard 0
   fedkit client --data-shard auto --server 10.0.0.5:8090 --root-certificates ca.pem
   fedkit client --model lenet --data-shard 2 --state-dir /var/lib/fedkit --stay
   fedkit client --model lenet --data-shard 1 --server 10.0.0.5:8090 --root-certificates ca.pem \\
@@ -34,18 +37,26 @@ def register(app: typer.Typer) -> None:
 def client(
     model: Annotated[
         str | None,
-        typer.Option(help="Its network: see `fedkit list models`.  [default: the federation's]"),
+        typer.Option(
+            help="Its network: see `fedkit list models`, or a function of your own, "
+            "package.module:factory.  [default: the federation's]"
+        ),
     ] = None,
     data_shard: Annotated[
         str | None,
         typer.Option(
             metavar="NUMBER|auto",
-            help="Which shard of the data set it holds, counted from 0; auto takes a free one.",
+            help="Which shard of the federation's data set it holds, counted from 0; auto takes a free "
+            "one.",
         ),
     ] = None,
     server: Server = LOCAL_SERVER,
     dataset: Annotated[
-        str | None, typer.Option(help="Refuse a federation on another data set.")
+        str | None,
+        typer.Option(
+            help="Without --data-shard: its own data, all of it, as in folder:PATH. With: refuse a "
+            "federation on another data set."
+        ),
     ] = None,
     partition: Annotated[
         str | None,
@@ -78,6 +89,13 @@ def client(
             show_default=False,
         ),
     ] = None,
+    memory_budget: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Refuse to train a network that needs more, as in 512MB or 2GiB.",
+        ),
+    ] = None,
     stay: Annotated[
         bool,
         typer.Option(
@@ -96,10 +114,12 @@ def client(
 ) -> None:
     """Take part in a federation as one device; every other setting comes from the server."""
     from fedkit.engine.client import Client, ClientPlan
-    from fedkit.registry import check
+    from fedkit.registry import allow, check
     from fedkit.settings import build
 
     terminal.end_with_parent()
+    sources = build(DataSettings, settings)
+    allow(*(spec for spec in (model, dataset, partition) if spec is not None))
     if model is not None:
         check("models", model)
     if dataset is not None:
@@ -112,12 +132,18 @@ def client(
     check_client(checked_address(server), security)
     plan = ClientPlan(
         server=server,
-        shard=_shard(data_shard),
+        shard=_shard(data_shard, dataset),
+        own_dataset=dataset if data_shard is None else None,
+        memory_budget=read_bytes(memory_budget) if memory_budget is not None else 0,
         model=model,
         device=device,
         state_dir=state_dir,
-        expected={"dataset": dataset, "partition": partition, "num-shards": num_shards},
-        data=build(DataSettings, settings),
+        expected={
+            "dataset": dataset if data_shard is not None else None,
+            "partition": partition,
+            "num-shards": num_shards,
+        },
+        data=sources,
         security=security,
         token=resolve_token(security),
         max_wait=max_wait_time,
@@ -136,13 +162,14 @@ def client(
             print(f"The model is in {one.model_path}.")
 
 
-def _shard(text: str | None) -> int | None:
-    if text is None:
+def _shard(text: str | None, dataset: str | None) -> int | None:
+    if text is None and dataset is None:
         raise UsageError(
-            "Which shard of the data set does this client hold? Give --data-shard NUMBER, or "
-            "--data-shard auto for the next free one."
+            "Which data does this client have? Give --data-shard NUMBER for a shard of the "
+            "federation's data set, --data-shard auto for the next free one, or --dataset for data of "
+            "its own, as in --dataset folder:PATH."
         )
-    if text == "auto":
+    if text is None or text == "auto":
         return None
     try:
         number = int(text)

@@ -9,6 +9,7 @@ import typer
 
 from fedkit.cli import terminal
 from fedkit.errors import UsageError
+from fedkit.settings import DataSettings, build
 
 EXAMPLES = """\b
 Examples:
@@ -69,10 +70,21 @@ def export(
         ),
     ] = None,
     federation: FederationId = None,
+    allowed: Annotated[
+        str,
+        typer.Option(
+            "--allow",
+            metavar="NAMES",
+            help="Code of your own (package.module:function) that may be imported where the model's "
+            "file names it; several with ; between.",
+            show_default=False,
+        ),
+    ] = "",
 ) -> None:
     """Write a model as a file for other programs: the server's, or a client's own as it is now."""
     from fedkit.engine.saved import chosen, models_of
 
+    build(DataSettings, {"allow": allowed})
     kind = _format(format, out)
     found = chosen(models_of(path, federation), model, path)
     file = out or Path(f"{found.label.replace('/', '-')}.{kind}")

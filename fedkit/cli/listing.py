@@ -9,13 +9,17 @@ from typing import Annotated, Any
 
 import typer
 
-from fedkit.cli.options import Format, wants_json
+from fedkit.cli.models import look_at, model_rows, print_models
+from fedkit.cli.options import Format, wants_json, with_settings
 from fedkit.errors import UsageError
 from fedkit.registry import KINDS, load, names, suggest
+from fedkit.settings import DataSettings
 
 EXAMPLES = """\b
 Examples:
   fedkit list models
+  fedkit list models --dataset cifar100:coarse
+  fedkit list models --shape 3x64x64 --classes 200 --format json
   fedkit list settings ktpfl
   fedkit list partitions --format json
 """
@@ -27,16 +31,47 @@ def register(app: typer.Typer) -> None:
     app.command("list", epilog=EXAMPLES, short_help="Tell what there is.")(list_names)
 
 
+@with_settings(DataSettings)
 def list_names(
     kind: Annotated[str, typer.Argument(help=f"One of {', '.join(SHOWN)}, settings.")],
     strategy: Annotated[
         str, typer.Argument(help="With settings: the strategy whose hyper-parameters to show.")
     ] = "ktpfl",
+    dataset: Annotated[
+        str | None,
+        typer.Option(
+            help="With models: the data set that they are to read.  [default: digits]",
+            show_default=False,
+        ),
+    ] = None,
+    shape: Annotated[
+        str | None,
+        typer.Option(
+            metavar="CxHxW",
+            help="With models, instead of a data set: channels, height and width of images, or the "
+            "number of features or tokens.  [default: none]",
+            show_default=False,
+        ),
+    ] = None,
+    classes: Annotated[
+        int | None,
+        typer.Option(help="With --shape: the number of classes.", show_default=False),
+    ] = None,
     format: Format = "text",
+    *,
+    settings: dict[str, Any],
 ) -> None:
-    """Tell what there is, one line each, plug-ins included."""
+    """Tell what there is, one line each, plug-ins included; of models also what they cost."""
     as_json = wants_json(format)
-    if kind == "settings":
+    if kind != "models" and (dataset, shape, classes) != (None, None, None):
+        raise UsageError("--dataset, --shape and --classes go with `fedkit list models` alone.")
+    if kind == "models":
+        look = look_at(dataset, shape, classes, settings)
+        rows = model_rows(look)
+        if not as_json:
+            print_models(rows, look)
+            return
+    elif kind == "settings":
         rows = _settings(strategy)
     elif kind in SHOWN:
         rows = [{"name": name, "about": _about(load(kind, name))} for name in names(kind)]

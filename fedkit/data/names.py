@@ -5,31 +5,54 @@ from __future__ import annotations
 from dataclasses import replace
 
 from fedkit.errors import UsageError
-from fedkit.registry import check, load, split
+from fedkit.registry import check, code_of, load, split
 from fedkit.settings import FederationSettings
 
 DEFAULT_PUBLIC = {"digits": 400}
 DEFAULT_PUBLIC_OTHERS = 5000
+# No data set of the federation's: every client brings its own, and the server names the classes.
+OWN = "own"
+# Data sets of which only their owner knows how large they are.
+OF_FILES = ("folder", "csv")
 
 
 def resolve_public(settings: FederationSettings) -> FederationSettings:
-    """Settings whose public set is spelled out as NAME:COUNT."""
+    """Settings whose public set is spelled out."""
     if settings.public != "auto":
         return settings
-    name = split(settings.dataset)[0]
-    count = DEFAULT_PUBLIC.get(name, DEFAULT_PUBLIC_OTHERS)
-    return replace(settings, public=f"{name}:{count}")
-
-
-def public_parts(settings: FederationSettings) -> tuple[str, int]:
-    """The public set's name and count; ``UsageError`` if it is not NAME:COUNT."""
-    name, count = split(settings.public)
-    try:
-        return name, int(count or "")
-    except ValueError:
+    if split(settings.dataset)[0] == OWN:
         raise UsageError(
-            f"public must be NAME:COUNT, as in digits:400, not {settings.public!r}."
-        ) from None
+            "With clients' own data alone there is nothing to take a public set from: give "
+            "--public DATASET[:COUNT], as in folder:PATH or cifar10:5000."
+        )
+    if not _is_published(settings.dataset):
+        raise UsageError(
+            f"How much of {settings.dataset} is the public set? Give --public "
+            f"{settings.dataset}:COUNT, or another data set."
+        )
+    count = DEFAULT_PUBLIC.get(settings.dataset, DEFAULT_PUBLIC_OTHERS)
+    return replace(settings, public=f"{settings.dataset}:{count}")
+
+
+def public_parts(settings: FederationSettings) -> tuple[str, int | None]:
+    """The public set's data set and how many of its training samples; None: all of them.
+
+    Raises:
+        UsageError: it is a part of the private data, and does not say how large a part.
+    """
+    name, colon, count = settings.public.rpartition(":")
+    if colon and count.removeprefix("-").isdigit():
+        return name, int(count)
+    if settings.public == settings.dataset:
+        raise UsageError(
+            f"public must be NAME:COUNT, as in {settings.dataset}:400, where it is a part of the "
+            f"private data set, not {settings.public!r}."
+        )
+    return settings.public, None
+
+
+def _is_published(dataset: str) -> bool:
+    return split(dataset)[0] not in OF_FILES and code_of("datasets", dataset) is None
 
 
 def check_names(settings: FederationSettings) -> None:
@@ -40,9 +63,6 @@ def check_names(settings: FederationSettings) -> None:
     check("datasets", settings.dataset)
     check("partitions", settings.partition)
     check("datasets", public_parts(resolve_public(settings))[0])
-    if ":" in settings.dataset:
-        name = split(settings.dataset)[0]
-        raise UsageError(f"The data set {name} takes no argument: {settings.dataset} is too much.")
     # Made once to see whether their arguments make sense.
     for spec in settings.codec.split(","):
         name, argument = split(spec.strip())

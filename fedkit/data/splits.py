@@ -6,20 +6,23 @@ clients make it for themselves and compare digests at join.
 
 from __future__ import annotations
 
-import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
 from fedkit.data import partitions
+from fedkit.data.agreement import Agreement, described, fitted
+from fedkit.data.augment import augmentation
 from fedkit.data.datasets import open_dataset
-from fedkit.data.names import public_parts, resolve_public
-from fedkit.data.partitions import Indices
-from fedkit.data.samples import DataSet, Samples
+from fedkit.data.names import OWN, public_parts, resolve_public
+from fedkit.data.partitions import Dealt, Labelled
+from fedkit.data.public import PublicSet
+from fedkit.data.samples import DataSet, Form, Pool, Samples
 from fedkit.errors import UsageError
+from fedkit.registry import split
 from fedkit.seeds import numpy_generator
 from fedkit.settings import DataSettings, FederationSettings
 
@@ -28,7 +31,7 @@ OWN_TEST_SHARE = 0.25
 
 @dataclass(frozen=True)
 class ClientData:
-    """One shard, cut into what trains, what validates and what only measures (25 %)."""
+    """One client's data, cut into what trains, what validates and what only measures (25 %)."""
 
     train: Samples
     val: Samples
@@ -37,120 +40,211 @@ class ClientData:
 
 @dataclass(frozen=True)
 class FederatedData:
-    """A data set as one federation uses it."""
+    """A data set as one federation uses it.
+
+    Attributes:
+        settings: the federation's.
+        dataset: the private data and the common test set; labels count the networks' outputs.
+        classes: the names of the networks' outputs: the public set's own classes, where its labels are
+            used and it is another data set, then the private ones (as FedMD numbers them).
+        public_set: the public set.
+        dealt: who holds what, as indices into ``dataset.train``.
+        own: whether ``dataset`` is a device's own and all of it is this client's.
+    """
 
     settings: FederationSettings
     dataset: DataSet
-    public: Samples
-    shards: list[Indices]
-    public_digest: str
+    classes: tuple[str, ...]
+    public_set: PublicSet
+    dealt: Dealt
+    own: bool = False
 
     @property
     def outputs(self) -> int:
-        """Logits of every network: the classes, then the public set's own if its labels are used."""
-        if self.settings.public_labels and public_parts(self.settings)[0] != self.dataset.name:
-            return self.classes + int(self.public.labels.max()) + 1
-        return self.classes
-
-    def public_targets(self) -> Tensor:
-        """The public set's labels (int64, M0) as the networks' outputs are numbered.
-
-        Classes of another data set come after the private ones.
-        """
-        offset = self.classes if self.outputs > self.classes else 0
-        return self.public.labels + offset
+        """Logits of every network."""
+        return len(self.classes)
 
     @property
-    def classes(self) -> int:
-        """How many classes the networks tell apart."""
-        return len(self.dataset.classes)
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """Channels, height, width of an image."""
+    def shape(self) -> tuple[int, ...]:
+        """Of one sample."""
         return self.dataset.train.shape
+
+    @property
+    def public(self) -> Samples:
+        """The public set's samples; labels count the networks' outputs."""
+        return self.public_set.samples
+
+    @cached_property
+    def public_digest(self) -> str:
+        """SHA-256 (hex) of the public set."""
+        return self.public_set.digest(labels=self.settings.public_labels)
 
     @cached_property
     def partition_digest(self) -> str:
-        """SHA-256 (hex) of the partition: which sample is in which shard."""
-        return partitions.digest(self.shards)
+        """SHA-256 (hex) of the partition: which sample is in which shard; ``own`` for own data."""
+        return OWN if self.own else partitions.digest(self.dealt)
+
+    @property
+    def agreement(self) -> Agreement:
+        """What a client with data of its own must know of these."""
+        train = self.dataset.train
+        return Agreement(
+            shape=self.shape,
+            classes=self.classes,
+            first_private=len(self.classes) - len(self.dataset.classes),
+            columns=self.dataset.columns,
+            mean=tuple(train.mean.tolist()),
+            std=tuple(train.std.tolist()),
+            public_digest=self.public_digest,
+        )
 
     def shard(self, number: int) -> ClientData:
-        """Shard ``number``, counted from 0.
+        """Shard ``number``, counted from 0, decoded; all that there is where the data are its own.
 
         Raises:
             UsageError: there is no such shard.
+            FedkitError: a file of its samples is damaged.
         """
-        if not 0 <= number < len(self.shards):
+        shards, pool = self.dealt.parts, self.dataset.train
+        if self.own:
+            mine, shared = np.arange(len(pool)), np.empty(0, dtype=np.int64)
+        elif 0 <= number < len(shards):
+            mine, shared = shards[number], self.dealt.shared[number]
+        else:
             raise UsageError(
-                f"There is no shard {number}: this federation has {len(self.shards)}, "
-                f"numbered 0 to {len(self.shards) - 1}."
+                f"There is no shard {number}: this federation has {len(shards)}, "
+                f"numbered 0 to {len(shards) - 1}."
             )
         order = numpy_generator(self.settings.seed, "own test split", client=number)
-        mine = order.permutation(self.shards[number])
-        test = max(1, round(len(mine) * OWN_TEST_SHARE))
+        mine = order.permutation(mine)
+        with_test = self.own and len(self.dataset.test)
+        test = 0 if with_test else max(1, round(len(mine) * OWN_TEST_SHARE))
         val = round((len(mine) - test) * self.settings.val_fraction)
-        parts = np.split(mine, [test, test + val])
-        test_part, val_part, train_part = (
-            self.dataset.train.take(torch.from_numpy(np.sort(part))) for part in parts
+        test_part, val_part, train_part = np.split(mine, [test, test + val])
+        train = _taken(pool, np.union1d(train_part, shared))
+        return ClientData(
+            train=replace(train, augment=augmentation(self.settings.augment, train.shape)),
+            val=_taken(pool, val_part),
+            test=self.dataset.test.all() if with_test else _taken(pool, test_part),
         )
-        return ClientData(train=train_part, val=val_part, test=test_part)
 
 
-def cut(settings: FederationSettings, sources: DataSettings) -> FederatedData:
+def cut(
+    settings: FederationSettings, sources: DataSettings, public: PublicSet | None = None
+) -> FederatedData:
     """Load the data set and cut it as ``settings`` say.
+
+    Args:
+        settings: the federation's.
+        sources: where this machine keeps data sets.
+        public: the public set, if it is another data set and here already.
 
     Raises:
         UsageError: a name, a count or a partition that can't be.
         FedkitError: files are missing or damaged.
     """
     settings = resolve_public(settings)
-    dataset = open_dataset(settings.dataset, sources)
+    name, _ = public_parts(settings)
+    if split(settings.dataset)[0] == OWN:
+        public = public or public_set(settings, open_dataset(name, sources))
+        form = Form(public.samples.shape, public.columns)
+        dataset = open_dataset(settings.dataset, sources, form)
+    else:
+        dataset = open_dataset(settings.dataset, sources)
+        form = Form(dataset.train.shape, dataset.columns)
+    private = np.arange(len(dataset.train))
+    if name == settings.dataset:
+        public = public_set(settings, dataset)
+        private = np.setdiff1d(private, public.indices, assume_unique=True)
+    elif public is None:
+        public = public_set(settings, open_dataset(name, sources, form))
+    _check_public(settings, public, dataset)
+    dealt = _deal(settings, dataset, private)
+    dataset, classes = _numbered(settings, dataset, public)
+    return FederatedData(settings, dataset, classes, public, dealt)
+
+
+def public_set(settings: FederationSettings, lent: DataSet) -> PublicSet:
+    """The seeded part of a data set that is public.
+
+    Raises:
+        UsageError: it has not that many training samples.
+    """
     name, count = public_parts(settings)
-    same = name == dataset.name
-    pool = dataset.train if same else open_dataset(name, sources).train
-    if not 0 < count < len(pool) + (0 if same else 1):
-        raise UsageError(f"public {settings.public!r}: {name} has {len(pool)} training samples.")
-    if pool.shape != dataset.train.shape:
+    pool, whole = lent.train, name != settings.dataset
+    count = len(pool) if count is None else count
+    if not 0 < count < len(pool) + whole:
         raise UsageError(
-            f"The public set {name} has images of {_size(pool)}, {dataset.name} of "
-            f"{_size(dataset.train)}: one network can't read both."
+            f"public {settings.public!r}: {lent.name} has {len(pool)} training samples."
         )
     order = numpy_generator(settings.seed, "public set").permutation(len(pool))
     chosen = np.sort(order[:count])
-    private = np.sort(order[count:]) if same else np.arange(len(dataset.train))
-    if same and np.intersect1d(chosen, private).size:
-        raise AssertionError("public and private samples overlap")
-    public = pool.take(torch.from_numpy(chosen))
+    samples = pool.take(torch.from_numpy(chosen))
+    return PublicSet(name, chosen, samples, lent.classes, lent.columns)
+
+
+def own_data(
+    settings: FederationSettings, dataset: DataSet, agreement: Agreement, public: PublicSet
+) -> FederatedData:
+    """A device's own data set in a federation that it takes part in with all of it.
+
+    Raises:
+        FedkitError: it does not fit what the federation has agreed on.
+    """
+    return FederatedData(
+        settings=resolve_public(settings),
+        dataset=fitted(dataset, agreement),
+        classes=agreement.classes,
+        public_set=public,
+        dealt=Dealt([], [], 0),
+        own=True,
+    )
+
+
+def _check_public(settings: FederationSettings, public: PublicSet, dataset: DataSet) -> None:
+    shape = public.samples.shape
+    if shape != dataset.train.shape or public.columns != dataset.columns:
+        raise UsageError(
+            f"The public set {public.name} has {described(shape)}, {dataset.name} "
+            f"{described(dataset.train.shape)}: one network can't read both."
+        )
+    if settings.public_labels and not public.classes:
+        raise UsageError(f"The public set {public.name} has no labels: leave --public-labels out.")
+
+
+def _deal(settings: FederationSettings, dataset: DataSet, private: NDArray[np.int64]) -> Dealt:
+    pool = dataset.train
+    if not len(pool):  # every client brings its own
+        nothing = [private] * settings.num_shards
+        return Dealt(nothing, nothing, 0)
+    owners = None if pool.owners is None else pool.owners.numpy()[private]
     dealt = partitions.deal(
         settings.partition,
-        dataset.train.labels.numpy()[private],
+        Labelled(pool.labels.numpy()[private], owners),
         settings.num_shards,
         numpy_generator(settings.seed, "partition"),
     )
-    return FederatedData(
-        settings=settings,
-        dataset=dataset,
-        public=public,
-        shards=[private[part] for part in dealt],
-        public_digest=public_digest(name, chosen, public, labels=settings.public_labels),
+    return Dealt(
+        [private[part] for part in dealt.parts],
+        [private[part] for part in dealt.shared],
+        dealt.dropped,
     )
 
 
-def public_digest(name: str, indices: Indices, public: Samples, *, labels: bool = False) -> str:
-    """SHA-256 (hex) of a public set: name, indices, transform and content, in that order.
+def _numbered(
+    settings: FederationSettings, dataset: DataSet, public: PublicSet
+) -> tuple[DataSet, tuple[str, ...]]:
+    """The data set with labels that count the networks' outputs, and the names of these."""
+    if not settings.public_labels or public.name == settings.dataset:
+        return dataset, dataset.classes
+    first = len(public.classes)
 
-    The labels are a part of it only where the federation uses them.
-    """
-    sha = hashlib.sha256(f"{name}/{len(indices)}/".encode())
-    sha.update(indices.astype(">i8").tobytes())
-    sha.update(f"{public.mean.tolist()}/{public.std.tolist()}".encode())
-    sha.update(public.images.contiguous().numpy().tobytes())
-    if labels:
-        sha.update(public.labels.numpy().tobytes())
-    return sha.hexdigest()
+    def later(pool: Pool) -> Pool:
+        return replace(pool, labels=pool.labels + first)
+
+    numbered = replace(dataset, train=later(dataset.train), test=later(dataset.test))
+    return numbered, public.classes + dataset.classes
 
 
-def _size(samples: Samples) -> str:
-    channels, height, width = samples.shape
-    return f"{height}x{width} with {channels} channel{'s' if channels > 1 else ''}"
+def _taken(pool: Pool, indices: NDArray[np.int64]) -> Samples:
+    return pool.take(torch.from_numpy(np.sort(indices)))

@@ -21,6 +21,8 @@ from fedkit.settings import DataSettings, Value
 
 _log = logging.getLogger(__name__)
 DEFAULT_STATE = Path("fedkit-state")
+# Folder in the state directory for what servers have sent; all federations share it.
+PUBLIC_SETS = "public-sets"
 # A server that was in the federation is waited for longer: it may be restarted.
 FIRST_WAIT_S, AGAIN_WAIT_S = 30.0, 600.0
 STAY_PAUSE_S = 5.0
@@ -33,6 +35,8 @@ class ClientPlan:
     Attributes:
         server: HOST:PORT.
         shard: which shard it holds; None takes the next free one.
+        own_dataset: a data set of its own, of which it uses all, instead of a shard.
+        memory_budget: bytes that training may take; 0: not limited.
         model: its architecture; None takes the federation's.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:I`` or ``mps``.
         state_dir: where it keeps its identity and model; None takes one under ``fedkit-state``.
@@ -48,6 +52,8 @@ class ClientPlan:
 
     server: str
     shard: int | None
+    own_dataset: str | None
+    memory_budget: int
     model: str | None
     device: str
     state_dir: Path | None
@@ -116,7 +122,7 @@ class Client:
         hello = {
             "identity": identity["identity"],
             "secret": identity["secret"],
-            "name": "a client" if plan.shard is None else f"the client of shard {plan.shard}",
+            "name": _name(plan),
             "version": __version__,
             "config": {**plan.expected, "shard": plan.shard, "model": plan.model},
             **({"token": plan.token} if plan.token else {}),
@@ -169,6 +175,9 @@ class Client:
                 "device": plan.device,
                 "data-root": plan.data.data_root,
                 "allow-checksum-mismatch": plan.data.allow_checksum_mismatch,
+                "own-dataset": plan.own_dataset or "",
+                "memory-budget": plan.memory_budget,
+                "public-sets": str(self._directory.path / PUBLIC_SETS),
             }
             self._membership = Membership(self._directory, welcome, plan.model, node_config)
 
@@ -177,6 +186,12 @@ class Client:
         answer = self._membership.work(key, buffers)
         self._failed = answer.fatal is not None
         return answer
+
+
+def _name(plan: ClientPlan) -> str:
+    if plan.own_dataset is not None:
+        return "a client with data of its own"
+    return "a client" if plan.shard is None else f"the client of shard {plan.shard}"
 
 
 def _open_state(plan: ClientPlan) -> StateDirectory:

@@ -18,7 +18,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
 from fedkit.engine.events import REWIND, Event, Listener
-from fedkit.engine.roster import Check, Member, Roster
+from fedkit.engine.roster import Check, Member, Offer, Roster
 from fedkit.engine.round_grid import RoundGrid
 from fedkit.engine.strategy import Exchange, FederatedStrategy, exchanges_of
 from fedkit.errors import FedkitError
@@ -59,6 +59,7 @@ class Driver:
         emit: Listener,
         *,
         check: Check = lambda node_id, facts: None,
+        offer: Offer = lambda lacks_public: RecordDict(),
         evaluate_fn: EvaluateFn | None = None,
         round_over: RoundOver = lambda server_round, arrays: None,
     ) -> None:
@@ -70,6 +71,7 @@ class Driver:
             settings: the federation's settings.
             emit: takes every event.
             check: says why a client may not join, or None (see ``Roster``).
+            offer: what a client is told when it is asked to join (see ``Roster``).
             evaluate_fn: measures the global model at the server.
             round_over: called with the global model after each round, and with round 0 when the
                 clients are there and the first can begin.
@@ -80,7 +82,7 @@ class Driver:
         self._emit = emit
         self._evaluate_fn = evaluate_fn
         self._round_over = round_over
-        self.roster = Roster(grid, check, emit, settings.round_timeout)
+        self.roster = Roster(grid, check, emit, settings.round_timeout, offer)
         name, argument = split(settings.select)
         self._selector = load("selectors", name)(argument)
         self._result = Result()

@@ -10,12 +10,14 @@ from typing import Any
 
 import torch
 
+from fedkit.data.agreement import described
 from fedkit.data.datasets import open_dataset
-from fedkit.data.samples import DataSet, Samples
+from fedkit.data.names import OWN
+from fedkit.data.samples import DataSet, Form, Samples
 from fedkit.data.splits import FederatedData, cut
-from fedkit.errors import FedkitError
+from fedkit.errors import FedkitError, UsageError
 from fedkit.models.device import pick_device, repeatable
-from fedkit.models.files import About, SavedModel, described, network
+from fedkit.models.files import About, SavedModel, network, of_known_network
 from fedkit.models.measure import measure
 from fedkit.settings import DataSettings, FederationSettings
 
@@ -40,7 +42,7 @@ def evaluate(
         UsageError: there is no such data set.
         FedkitError: the model's file or the data are damaged, missing, or do not fit each other.
     """
-    about, model = described(saved), network(saved)
+    about, model = of_known_network(saved), network(saved)
     torch.set_num_threads(about.federation.threads)
     repeatable()
     where = pick_device(device or ("cpu" if about.client is None else "auto"))
@@ -69,13 +71,19 @@ def _data(
 ) -> Iterator[tuple[str, Samples]]:
     settings = about.federation
     if dataset is not None and dataset != settings.dataset:
-        yield "test", _test_set(saved, about, _open(dataset, sources))
+        form = Form(about.shape, about.columns)
+        yield "test", _test_set(saved, about, _open(dataset, sources, form))
         return
-    if about.client is None:
-        yield "global_test", _test_set(saved, about, _open(settings.dataset, sources))
-        return
+    if about.partition == OWN:
+        raise UsageError(
+            f"The model in {saved.source} learned from its device's own data: give --dataset, as in "
+            "--dataset folder:PATH, to say what to measure it on."
+        )
     data = _cut(settings, sources)
-    yield "global_test", _test_set(saved, about, data.dataset)
+    if len(data.dataset.test):
+        yield "global_test", _as_learned(about, data.dataset.test.all())
+    if about.client is None:
+        return
     if data.partition_digest != about.partition:
         raise FedkitError(
             f"This machine deals the data set {settings.dataset} into other shards than the "
@@ -86,13 +94,25 @@ def _data(
 
 
 def _test_set(saved: SavedModel, about: About, data: DataSet) -> Samples:
-    if data.test.shape != about.shape or len(data.classes) != len(about.classes):
+    first = _first_class(about, data)
+    if data.test.shape != about.shape or first is None:
         raise FedkitError(
-            f"The model in {saved.source} reads images of {_text(about.shape)} and tells "
-            f"{len(about.classes)} classes apart; {data.name} has images of "
-            f"{_text(data.test.shape)} and {len(data.classes)} classes."
+            f"The model in {saved.source} reads {described(about.shape)} and tells "
+            f"{len(about.classes)} classes apart; {data.name} has {described(data.test.shape)} and "
+            f"{len(data.classes)} classes."
         )
-    return _as_learned(about, data.test)
+    if not len(data.test):
+        raise FedkitError(f"{data.name} has no test set to measure on.")
+    test = data.test.all()
+    return _as_learned(about, replace(test, labels=test.labels + first))
+
+
+def _first_class(about: About, data: DataSet) -> int | None:
+    """Which output of the network stands for the data set's first class."""
+    before = len(about.classes) - len(data.classes)
+    if before > 0 and about.classes[before:] != data.classes:
+        return None  # only private classes, which come after the public set's, are known by name
+    return before if before >= 0 else None
 
 
 def _as_learned(about: About, samples: Samples) -> Samples:
@@ -107,7 +127,3 @@ _open = lru_cache(maxsize=1)(open_dataset)
 @lru_cache(maxsize=1)
 def _cut(settings: FederationSettings, sources: DataSettings) -> FederatedData:
     return cut(settings, sources)
-
-
-def _text(shape: tuple[int, int, int]) -> str:
-    return "x".join(str(length) for length in shape)

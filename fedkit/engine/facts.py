@@ -3,21 +3,38 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from flwr.app import ConfigRecord, MetricRecord
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from threadpoolctl import threadpool_limits
 
+from fedkit.data.names import OWN
+from fedkit.data.samples import Samples
 from fedkit.data.splits import cut
 from fedkit.durable import make_folder
 from fedkit.engine.plan import Plan
+from fedkit.engine.roster import NothingToSend
 from fedkit.engine.strategy import Facts, ServerModels
 from fedkit.models.build import build_model
 from fedkit.models.files import about_of, save_model
 from fedkit.models.measure import measure
 from fedkit.registry import split
+from fedkit.settings import Value, as_config
+
+
+def _largest_batch(hyper: Mapping[str, Value], *, public_labels: bool) -> int:
+    """Of those that clients train with: a device with a memory budget wants to know."""
+    elsewhere = {"server-batch"} if public_labels else {"server-batch", "pretrain-batch"}
+    sizes = [
+        size
+        for name, size in hyper.items()
+        if "batch" in name.split("-") and name not in elsewhere and isinstance(size, int)
+    ]
+    return max(sizes, default=64)
 
 
 class ServerView:
@@ -29,17 +46,24 @@ class ServerView:
         torch.set_num_threads(plan.federation.threads)
         # NumPy's sums hang on the number of threads as well.
         self._limits = threadpool_limits(plan.federation.threads)
+        self._send_public = plan.server.send_public
+        self._batch_size = _largest_batch(
+            as_config(plan.hyper), public_labels=plan.federation.public_labels
+        )
         self.data = cut(plan.federation, plan.data)
 
     def facts(self) -> Facts:
         """What the strategy may know."""
         settings, data = self._settings, self.data
+        # A copy: the tensor moves to shared memory when it is handed to a worker process, and an array
+        # over its old place would then read whatever comes to lie there.
+        labels = data.public.labels.numpy().copy()
         return Facts(
             settings=settings,
             outputs=data.outputs,
             public=data.public,
             public_digest=data.public_digest,
-            public_labels=data.public_targets().numpy() if settings.public_labels else None,
+            public_labels=labels if settings.public_labels else None,
         )
 
     def why_not(self, facts: ConfigRecord) -> str | None:
@@ -51,7 +75,7 @@ class ServerView:
                 f"(SHA-256 {str(theirs)[:12]}, not {self.data.public_digest[:12]}): "
                 "the files under its data root are others than the server's."
             )
-        if facts.get("partition-digest") != self.data.partition_digest:
+        if facts.get("partition-digest") not in (self.data.partition_digest, OWN):
             return (
                 "It deals the data into other shards than the server (another data set under the "
                 "same name, or another version of NumPy)."
@@ -63,35 +87,68 @@ class ServerView:
                 f"Logits travel as {self._settings.codec} here, and it knows {known!r} only: "
                 "install the same fedkit and plug-ins on both, or add float32 to --codec."
             )
-        if facts.get("classes") != list(self.data.dataset.classes):
-            return (
-                f"Its classes are {facts.get('classes')!r}, not {list(self.data.dataset.classes)}."
-            )
+        if facts.get("classes") != list(self.data.classes):
+            return f"Its classes are {facts.get('classes')!r}, not {list(self.data.classes)}."
         return None
 
     def partition(self) -> dict[str, Any]:
         """``partition.json``: what each shard holds, and the digests that both sides compare."""
         labels = self.data.dataset.train.labels.numpy()
-        names = self.data.dataset.classes
+        names = self.data.classes
         shards = []
-        for number, part in enumerate(self.data.shards):
+        for number, part in enumerate(self.data.dealt.parts):
             counts = Counter(names[label] for label in labels[part].tolist())
             shards.append(
-                {"shard": number, "samples": len(part), "classes": dict(sorted(counts.items()))}
+                {
+                    "shard": number,
+                    "samples": len(part),
+                    "shared": len(self.data.dealt.shared[number]),
+                    "classes": dict(sorted(counts.items())),
+                }
             )
         return {
             "partition": self._settings.partition,
             "num_shards": self._settings.num_shards,
             "seed": self._settings.seed,
             "sha256": self.data.partition_digest,
+            "dropped": self.data.dealt.dropped,
             "public": self._settings.public,
             "public_sha256": self.data.public_digest,
             "shards": shards,
         }
 
+    def offer(self, lacks_public: bool) -> RecordDict:
+        """What a client is told when it is asked to join; with the public set if it lacks that.
+
+        Raises:
+            NothingToSend: the settings say that it is not sent.
+        """
+        data = self.data
+        told: dict[str, int | str] = {
+            "agreement": data.agreement.as_json(),
+            "batch-size": self._batch_size,
+        }
+        content = RecordDict({"offer": ConfigRecord({**told})})
+        if not lacks_public:
+            return content
+        if not self._send_public:
+            raise NothingToSend(
+                f"It has no public set {self._settings.public}, and this server sends none "
+                "(--no-send-public): put the files under its data root."
+            )
+        arrays = data.public_set.arrays(labels=self._settings.public_labels)
+        content["public"] = ArrayRecord({name: Array(one) for name, one in arrays.items()})
+        return content
+
+    @cached_property
+    def _test(self) -> Samples:
+        return self.data.dataset.test.all()
+
     def measure(self, models: ServerModels) -> MetricRecord | None:
         """Accuracy and loss of the server's networks on the common test set."""
-        test, metrics = self.data.dataset.test, MetricRecord()
+        test, metrics = self._test, MetricRecord()
+        if not len(test):  # every client brings its own data
+            return None
         for label, (spec, arrays) in models.items():
             model = build_model(spec, self.data.shape, self.data.outputs, self._settings.seed)
             model.load_state_dict(arrays.to_torch_state_dict())

@@ -19,7 +19,7 @@ import tomli_w
 
 from fedkit.durable import make_folder, write_whole
 from fedkit.engine.events import Event
-from fedkit.engine.plan import Plan, client_models, make_plan
+from fedkit.engine.plan import Plan, client_models, make_plan, named_here
 from fedkit.errors import FedkitError, UsageError, error_of
 from fedkit.rundir import default_path, read_events
 from fedkit.settings import FederationSettings, as_config
@@ -146,6 +146,7 @@ def _start_server(plan: Plan, directory: Path) -> _Child:
     local = as_config(plan.local)
     for name in [*local, "run-dir"]:
         values.pop(name, None)
+    values["allow"] = named_here(plan)
     if plan.server.listen == type(plan.server)().listen:
         values["listen"] = "127.0.0.1:0"  # several runs side by side
     config.write_text(tomli_w.dumps(values))
@@ -165,6 +166,8 @@ def _start_client(plan: Plan, directory: Path, address: str, number: int, model:
     ]
     if plan.data.data_root:
         arguments += ["--data-root", plan.data.data_root]
+    if named_here(plan):
+        arguments += ["--allow", named_here(plan)]
     if plan.data.allow_checksum_mismatch:
         arguments += ["--allow-checksum-mismatch"]
     log = directory / "logs" / f"client-{number}.log"

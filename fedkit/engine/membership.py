@@ -6,12 +6,11 @@ Nothing of Flower or torch is imported until the first instruction comes.
 from __future__ import annotations
 
 import logging
-import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedkit.engine.state import ROUNDS_KEPT, FederationState, StateDirectory
-from fedkit.errors import FedkitError
+from fedkit.errors import FedkitError, is_out_of_memory, where_raised
 from fedkit.link.client import Answer
 from fedkit.registry import load
 from fedkit.settings import Value
@@ -145,11 +144,14 @@ def _explain(error: Exception) -> FedkitError:
     if isinstance(error, FedkitError):
         return error
     _log.debug("The client's own code failed.", exc_info=error)
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    where = f"{Path(last.filename).name}:{last.lineno}"
+    if is_out_of_memory(error):
+        return FedkitError(
+            f"Memory ran out ({str(error).splitlines()[0]}): take a smaller --model or batch-size, or "
+            "another --device."
+        )
     fatal = FedkitError(
-        f"The client's own code failed with {type(error).__name__}: {error} ({where}); "
-        "--debug shows where."
+        f"The client's own code failed with {type(error).__name__}: {error} "
+        f"({where_raised(error)}); --debug shows where."
     )
     fatal.__cause__ = error
     return fatal

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
-from fedkit.data.names import check_names, resolve_public
+from fedkit.data.names import OF_FILES, OWN, check_names, public_parts, resolve_public
 from fedkit.errors import UsageError
-from fedkit.registry import load
+from fedkit.registry import OWN_CODE, allow, code_of, load, split
 from fedkit.security.settings import ServerSecurity, check_server, is_loopback
 from fedkit.settings import (
     DataSettings,
@@ -95,6 +96,11 @@ def make_plan(values: Mapping[str, Value], *, local: bool = False) -> Plan:
         clients = run.clients
         implied = {**LOCAL_DEFAULTS, "num-shards": clients, "min-clients": clients, **implied}
     federation = build(FederationSettings, {**implied, **values})
+    sources = build(DataSettings, values)
+    models = _model_names(run.models) if run is not None else []
+    allow(federation.dataset, federation.model, federation.partition, *models)
+    if federation.public != "auto":
+        allow(public_parts(federation)[0])
     check_names(federation)
     federation = resolve_public(federation)
     if federation.min_clients > federation.num_shards:
@@ -107,9 +113,22 @@ def make_plan(values: Mapping[str, Value], *, local: bool = False) -> Plan:
     server = build(ServerSettings, values)
     _check_address(server.listen)
     security = _security(values, server, local)
-    plan = Plan(federation, hyper, server, security, build(DataSettings, values), run)
+    plan = Plan(federation, hyper, server, security, sources, run)
     strategy.check(federation, hyper)
     return plan
+
+
+def named_here(plan: Plan) -> str:
+    """What the command line named of code and files, for the processes that it starts (``allow``)."""
+    federation = plan.federation
+    models = client_models(plan) if plan.local is not None else []
+    data = [federation.dataset, public_parts(federation)[0], federation.partition]
+    own = [
+        spec
+        for spec in [*data, federation.model, *models]
+        if split(spec)[0] in OF_FILES or any(code_of(kind, spec) for kind in OWN_CODE)
+    ]
+    return ";".join(dict.fromkeys([*filter(None, plan.data.allow.split(";")), *own]))
 
 
 def client_models(plan: Plan) -> list[str]:
@@ -117,10 +136,17 @@ def client_models(plan: Plan) -> list[str]:
     assert plan.local is not None
     if plan.strategy.one_model:
         return [plan.federation.model] * plan.local.clients
-    names = [name.strip() for name in plan.local.models.split(",") if name.strip()]
+    names = _model_names(plan.local.models)
+    return [names[at % len(names)] for at in range(plan.local.clients)]
+
+
+def _model_names(text: str) -> list[str]:
+    # A comma may also stand within an argument, as in mlp:200,200 or preresnet18:0.5,depth=2.
+    pieces = re.split(r",(?=\s*(?:$|,|[A-Za-z_][\w.-]*\s*(?:[:,]|$)))", text)
+    names = [name.strip() for name in pieces if name.strip()]
     if not names:
         raise UsageError("models names no model.")
-    return [names[at % len(names)] for at in range(plan.local.clients)]
+    return names
 
 
 def _implied(strategy: type[FederatedStrategy], preset: str) -> dict[str, Value]:
@@ -151,6 +177,11 @@ def _check_address(text: str) -> None:
 def _check_local(federation: FederationSettings, run: RunSettings) -> None:
     from fedkit.registry import check
 
+    if split(federation.dataset)[0] == OWN:
+        raise UsageError(
+            "`fedkit run` deals one data set among its clients; for clients with data of their own "
+            "start `fedkit server` and `fedkit client --dataset folder:PATH`."
+        )
     if federation.num_shards < run.clients:
         raise UsageError(
             f"{run.clients} clients need as many shards, but num-shards is {federation.num_shards}."
@@ -159,6 +190,5 @@ def _check_local(federation: FederationSettings, run: RunSettings) -> None:
         raise UsageError(
             f"min-clients is {federation.min_clients}, but only {run.clients} clients are started."
         )
-    for name in run.models.split(","):
-        if name.strip():
-            check("models", name.strip())
+    for name in _model_names(run.models):
+        check("models", name)

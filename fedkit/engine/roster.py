@@ -61,6 +61,12 @@ class KnowsProcesses(Protocol):
 
 
 Check = Callable[[int, ConfigRecord], str | None]
+# (whether the client lacks the public set) -> what it is told when it is asked to join.
+Offer = Callable[[bool], RecordDict]
+
+
+class NothingToSend(Exception):
+    """The server does not send its public set; the sentence says why."""
 
 
 @dataclass(frozen=True)
@@ -68,12 +74,20 @@ class _Question:
     node_id: int
     process: str
     asked_at: float
+    with_public: bool
 
 
 class Roster:
     """Members by node id, kept as clients come."""
 
-    def __init__(self, grid: Grid, check: Check, emit: Listener, patience: float = 3600.0) -> None:
+    def __init__(
+        self,
+        grid: Grid,
+        check: Check,
+        emit: Listener,
+        patience: float = 3600.0,
+        offer: Offer = lambda lacks_public: RecordDict(),
+    ) -> None:
         """A roster over ``grid``.
 
         Args:
@@ -81,7 +95,9 @@ class Roster:
             check: ``(node_id, facts)`` gives the sentence that refuses a join, or None.
             emit: takes events.
             patience: seconds that a client has to load its data and say what it is.
+            offer: what a client is told when it is asked; with the public set if it lacks that.
         """
+        self._offer = offer
         self._grid = grid
         self._check = check
         self._emit = emit
@@ -109,14 +125,24 @@ class Roster:
         known = set(self.members) - restarted
         new = sorted(present - known - waiting - self._turned_away)
         for node_id in new:
-            question = Message(RecordDict(), node_id, "query.join", group_id="0")
-            (message_id,) = self._grid.push_messages([question])
-            self._asked[message_id] = _Question(node_id, now.get(node_id, ""), time.monotonic())
+            self._ask(node_id, now.get(node_id, ""))
         if self._asked:
             for reply in self._grid.pull_messages(list(self._asked)):
                 asked = self._asked.pop(reply.metadata.reply_to_message_id)
-                if self._take(asked.node_id, reply):
+                if _lacks_public(reply) and not asked.with_public:
+                    self._ask(asked.node_id, asked.process, with_public=True)
+                elif self._take(asked.node_id, reply):
                     self._processes[asked.node_id] = asked.process
+
+    def _ask(self, node_id: int, process: str, *, with_public: bool = False) -> None:
+        try:
+            offer = self._offer(with_public)
+        except NothingToSend as reason:
+            self._refuse(node_id, str(reason))
+            return
+        question = Message(offer, node_id, "query.join", group_id="0")
+        (message_id,) = self._grid.push_messages([question])
+        self._asked[message_id] = _Question(node_id, process, time.monotonic(), with_public)
 
     def connected(self) -> list[Member]:
         """The members whose node the grid offers now, in client order."""
@@ -176,6 +202,11 @@ class Roster:
             other.client == new.client and other.node_id != new.node_id and other.node_id in present
             for other in self.members.values()
         )
+
+
+def _lacks_public(reply: Message) -> bool:
+    facts = reply.content.config_records.get("join") if reply.has_content() else None
+    return facts is not None and "lacks-public" in facts
 
 
 def read_member(node_id: int, content: RecordDict) -> Member:

@@ -222,6 +222,7 @@ class _Run:
             self._plan.federation,
             self._emit,
             check=why_not,
+            offer=view.offer,
             evaluate_fn=lambda round, arrays: view.measure(strategy.server_models(arrays)),
             round_over=round_over,
         )

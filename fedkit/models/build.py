@@ -8,33 +8,57 @@ from typing import TypeAlias
 import torch
 from torch import nn
 
-from fedkit.errors import UsageError
-from fedkit.registry import load, split
+from fedkit.data.samples import Shape
+from fedkit.errors import FedkitError, UsageError, where_raised
+from fedkit.registry import code_of, find
 from fedkit.seeds import derive
 
-Factory: TypeAlias = Callable[[tuple[int, int, int], int, str | None], nn.Module]
+Factory: TypeAlias = Callable[[Shape, int, str | None], nn.Module]
 
 
-def build_model(
-    spec: str, shape: tuple[int, int, int], classes: int, seed: int, client: int = -1
-) -> nn.Module:
+def build_model(spec: str, shape: Shape, classes: int, seed: int, client: int = -1) -> nn.Module:
     """Build the network ``spec`` names, e.g. ``lenet:group``.
 
     Args:
-        spec: a registered name, with an argument after a colon where it takes one.
-        shape: channels, height and width of the images.
+        spec: a registered name or a function of the user's own (``package.module:function``), with
+            an argument after a colon where it takes one.
+        shape: of one sample: channels, height and width of images; the number of features; the
+            length of sequences.
         classes: number of logits.
         seed: the run's seed; the initial weights depend on it and on ``client`` alone.
         client: the client's index, or -1 for a global model.
 
     Raises:
-        UsageError: there is no such model, or it can't read such images.
+        UsageError: there is no such model, or it can't read such samples.
+        FedkitError: the user's own function failed.
     """
-    name, argument = split(spec)
-    factory: Factory = load("models", name)
+    factory, argument = find("models", spec)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive(seed, "model", client))
-        return factory(shape, classes, argument)
+        if code_of("models", spec) is not None:
+            return _own(spec, factory, shape, classes, argument)
+        model: nn.Module = factory(shape, classes, argument)
+    return model
+
+
+def _own(
+    spec: str,
+    factory: Callable[..., object],
+    shape: Shape,
+    classes: int,
+    argument: str | None,
+) -> nn.Module:
+    more = [] if argument is None else [argument]
+    try:
+        model = factory(shape, classes, *more)
+    except Exception as error:  # whatever somebody's function raises
+        raise FedkitError(
+            f"The model {spec}, called with the shape {shape} and {classes} classes, raised "
+            f"{type(error).__name__}: {error} ({where_raised(error)})."
+        ) from error
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"{spec} gives a {type(model).__name__}, not a torch.nn.Module.")
+    return model
 
 
 def parameter_count(model: nn.Module) -> int:
@@ -45,9 +69,3 @@ def parameter_count(model: nn.Module) -> int:
 def state_bytes(model: nn.Module) -> int:
     """Bytes of a model's state dict."""
     return sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
-
-
-def no_argument(name: str, argument: str | None) -> None:
-    """Raise ``UsageError`` if a model that takes no argument was given one."""
-    if argument is not None:
-        raise UsageError(f"The model {name} takes no argument, not {argument!r}.")

@@ -15,7 +15,7 @@ from torch import nn
 
 from fedkit.durable import write_whole
 from fedkit.errors import FedkitError
-from fedkit.models.files import SavedModel, described, network, save_model
+from fedkit.models.files import About, SavedModel, network, of_known_network, save_model
 
 FORMATS = ("safetensors", "pt", "onnx")
 # Exporter and runtime add up in another order than torch; float32 has some seven digits.
@@ -26,7 +26,8 @@ def export(saved: SavedModel, path: Path, format: str) -> None:
     """Write a model to ``path``.
 
     ``safetensors`` and ``pt`` hold the state dict; ``onnx`` the network, for batches of any size, with
-    the input ``images`` (float32, normalised) and the output ``logits``. What was written as ONNX is
+    the input ``images`` or ``features`` (float32, normalised) or ``tokens`` (int64) and the output
+    ``logits``. What was written as ONNX is
     read again and compared with torch before ``path`` is there.
 
     Raises:
@@ -44,7 +45,7 @@ def export(saved: SavedModel, path: Path, format: str) -> None:
 
 
 def _onnx(saved: SavedModel) -> bytes:
-    about, model = described(saved), network(saved)
+    about, model = of_known_network(saved), network(saved)
     try:
         import onnx
         import onnxscript  # noqa: F401  (torch's exporter needs it)
@@ -52,14 +53,14 @@ def _onnx(saved: SavedModel) -> bytes:
         raise FedkitError(
             "ONNX needs the packages onnx and onnxscript: `pip install 'fedkit[onnx]'`."
         ) from None
-    images = torch.randn(2, *about.shape, generator=torch.Generator().manual_seed(0))
+    name, inputs = _examples(about)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
                 model,
-                (images,),
-                input_names=["images"],
+                (inputs[:2],),
+                input_names=[name],
                 output_names=["logits"],
                 dynamic_shapes=({0: torch.export.Dim("batch")},),
                 dynamo=True,
@@ -75,18 +76,31 @@ def _onnx(saved: SavedModel) -> bytes:
     entry = proto.metadata_props.add()
     entry.key, entry.value = "about", json.dumps(asdict(about))
     onnx.checker.check_model(proto)
-    _compare(proto, model, about.architecture, torch.cat([images, -images[:1]]))
+    _compare(proto, model, about.architecture, {name: inputs})
     written: bytes = proto.SerializeToString()
     return written
 
 
-def _compare(proto: Any, model: nn.Module, architecture: str, images: torch.Tensor) -> None:
+def _examples(about: About) -> tuple[str, torch.Tensor]:
+    """What the network's input is called, and three of noise."""
+    generator = torch.Generator().manual_seed(0)
+    if not about.mean:
+        tokens = torch.randint(len(about.classes), (3, *about.shape), generator=generator)
+        return "tokens", tokens
+    name = "images" if len(about.shape) == 3 else "features"
+    return name, torch.randn(3, *about.shape, generator=generator)
+
+
+def _compare(
+    proto: Any, model: nn.Module, architecture: str, named: dict[str, torch.Tensor]
+) -> None:
     """``FedkitError`` unless ONNX's own reference runtime finds what torch finds."""
     from onnx.reference import ReferenceEvaluator
 
     with torch.inference_mode():
-        wanted = model(images).numpy()
-    outputs: Any = ReferenceEvaluator(proto).run(["logits"], {"images": images.numpy()})
+        wanted = model(*named.values()).numpy()
+    inputs = {name: tensor.numpy() for name, tensor in named.items()}
+    outputs: Any = ReferenceEvaluator(proto).run(["logits"], inputs)
     found = outputs[0]
     scale = max(1.0, float(np.abs(wanted).max()))
     if found.shape != wanted.shape or not np.allclose(

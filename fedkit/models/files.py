@@ -27,6 +27,7 @@ from fedkit.settings import FederationSettings, Value, as_config, build
 if TYPE_CHECKING:
     from torch import nn
 
+    from fedkit.data.samples import Shape
     from fedkit.data.splits import FederatedData
 
 SCHEMA = 1
@@ -41,10 +42,13 @@ class About:
 
     Attributes:
         architecture: the network's name as `fedkit list models` has it, with its argument.
-        shape: channels, height and width of the images that it reads.
+        shape: of one sample that it reads: channels, height and width of images; the number of
+            features; the length of sequences.
         outputs: number of logits.
-        classes: names of the classes, as the first logits are numbered.
-        mean, std: how its images were normalised, one number a channel, for pixels from 0 to 255.
+        classes: names of the outputs.
+        columns: names of the features, where they have any.
+        mean, std: how its inputs were normalised, one number a channel (for pixels from 0 to 255) or
+            feature; empty for sequences of tokens.
         settings: the federation's settings by outside name (data set, seed, partition, ...).
         partition: SHA-256 (hex) of who holds what.
         client: whose own model it is; None: it lives at the server.
@@ -53,13 +57,14 @@ class About:
     """
 
     architecture: str
-    shape: tuple[int, int, int]
+    shape: Shape
     outputs: int
     classes: tuple[str, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
     settings: Mapping[str, Value]
     partition: str
+    columns: tuple[str, ...] = ()
     client: int | None = None
     round: int | None = None
     fedkit: str = __version__
@@ -94,7 +99,8 @@ def about_of(
         architecture=architecture,
         shape=data.shape,
         outputs=data.outputs,
-        classes=data.dataset.classes,
+        classes=data.classes,
+        columns=data.dataset.columns,
         mean=tuple(train.mean.tolist()),
         std=tuple(train.std.tolist()),
         settings=as_config(data.settings),
@@ -157,6 +163,7 @@ def read_about(fields: Any) -> About:
         std=tuple(float(number) for number in fields["std"]),
         settings=dict(fields["settings"]),
         partition=_text(fields["partition"]),
+        columns=tuple(_text(name) for name in fields.get("columns", ())),
         client=_index(fields["client"]),
         round=_index(fields["round"]),
         fedkit=_text(fields["fedkit"]),
@@ -165,9 +172,10 @@ def read_about(fields: Any) -> About:
         build(FederationSettings, about.settings)
     except UsageError as error:
         raise ValueError(f"its settings: {error}") from error
-    channels = about.shape[0]
-    if len(about.mean) != channels or len(about.std) != channels or 0.0 in about.std:
-        raise ValueError(f"it normalises {len(about.mean)} channels and reads {channels}")
+    numbers = {len(about.mean), len(about.std)}
+    tokens = len(about.shape) == 1 and numbers == {0}
+    if not tokens and (numbers != {about.shape[0]} or 0.0 in about.std):
+        raise ValueError(f"it normalises {len(about.mean)} channels and reads {about.shape[0]}")
     if not 0 < len(about.classes) <= about.outputs:
         raise ValueError(f"it names {len(about.classes)} classes for {about.outputs} outputs")
     return about
@@ -184,7 +192,7 @@ def network(saved: SavedModel) -> nn.Module:
 
     from fedkit.models.build import build_model
 
-    about, source = described(saved), saved.source
+    about, source = of_known_network(saved), saved.source
     try:
         _check_fit(about, saved.arrays)
         model = build_model(about.architecture, about.shape, about.outputs, seed=0)
@@ -198,7 +206,7 @@ def network(saved: SavedModel) -> nn.Module:
     return model.eval()
 
 
-def described(saved: SavedModel) -> About:
+def of_known_network(saved: SavedModel) -> About:
     """What a saved model says of itself; ``FedkitError`` if it says nothing."""
     if saved.about is None:
         raise FedkitError(
@@ -258,6 +266,7 @@ def _size(value: object) -> int:
     return number
 
 
-def _sizes(values: Any) -> tuple[int, int, int]:
-    channels, height, width = values
-    return _size(channels), _size(height), _size(width)
+def _sizes(values: Any) -> Shape:
+    if len(values) not in (1, 3):
+        raise ValueError(f"{values!r} is no shape of a sample")
+    return tuple(_size(length) for length in values)

@@ -17,7 +17,7 @@ CPU_BATCH, GPU_BATCH = 64, 1024
 def predict(model: nn.Module, samples: Samples) -> Tensor:
     """Logits (float32, n x C) in evaluation mode, on the samples' device."""
     model.eval()
-    size = CPU_BATCH if samples.images.device.type == "cpu" else GPU_BATCH
+    size = CPU_BATCH if samples.data.device.type == "cpu" else GPU_BATCH
     parts = (slice(at, at + size) for at in range(0, len(samples), size))
     return torch.cat([model(samples.inputs(part)) for part in parts])
 

@@ -71,13 +71,13 @@ def take_steps(
     ``clip`` bounds the gradient's norm (0: no bound); ``schedule`` steps with the optimiser.
     """
     model.train()
-    device = samples.images.device
+    device = samples.data.device
     wanted = targets if isinstance(targets, tuple) else (targets,)
     total, seen = torch.zeros((), device=device), 0
     for batch in batches:
         batch = batch.to(device)
         optimiser.zero_grad(set_to_none=True)
-        value = loss(model(samples.inputs(batch)), *(target[batch] for target in wanted))
+        value = loss(model(samples.training_inputs(batch)), *(target[batch] for target in wanted))
         value.backward()  # type: ignore[no-untyped-call]
         if clip:
             nn.utils.clip_grad_norm_(model.parameters(), clip)

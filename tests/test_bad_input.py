@@ -82,7 +82,7 @@ def squeezed(text: str) -> str:
     [
         ("run --strategy fedav", "strategy 'fedav' (did you mean fedavg"),
         ("run --strategy fedavg:3", "strategy"),
-        ("run --models lenet,resnet", "model 'resnet' (did you mean resnet18"),
+        ("run --models lenet,resnet", "model 'resnet' (did you mean resnet"),
         ("run --strategy fedavg --model lenett", "(did you mean lenet"),
         ("run --dataset digit", "data set 'digit' (did you mean digits"),
         ("run --partition dirichle:0.5", "partition 'dirichle' (did you mean dirichlet"),

@@ -98,7 +98,7 @@ def test_what_was_exported_predicts_what_the_saved_model_predicts(
         pytest.importorskip("onnx", reason="the extra fedkit[onnx] is not installed")
         pytest.importorskip("onnxscript", reason="the extra fedkit[onnx] is not installed")
     call("export", run, "--model", label, "--out", file)
-    images = digits().test.inputs(slice(0, 20))
+    images = digits().test.all().inputs(slice(0, 20))
     (found,) = [model for model in models_of(run) if model.label == label]
     with torch.inference_mode():
         wanted = network(found.read())(images)
@@ -227,7 +227,7 @@ def test_another_data_set_is_read_on_the_scale_that_the_model_has_learned(run, m
     wanted = rows_of(state_of(run), "--model", "own")[0]
     strange = replace(other.test, mean=other.test.mean + 9, std=other.test.std * 3)
     monkeypatch.setattr(
-        measuring, "_open", lambda spec, sources: replace(other, name=spec, test=strange)
+        measuring, "_open", lambda spec, sources, form: replace(other, name=spec, test=strange)
     )
     (row,) = measuring.evaluate(found.read(), DataSettings(), dataset="others")
     assert (row["dataset"], row["data"]) == ("others", "test")
@@ -236,9 +236,9 @@ def test_another_data_set_is_read_on_the_scale_that_the_model_has_learned(run, m
 
 def test_images_of_another_size_are_a_sentence(run, monkeypatch):
     other, (found, *_) = digits(), models_of(state_of(run))
-    larger = replace(other.test, data=other.test.data.repeat(1, 1, 2, 2))
-    monkeypatch.setattr(measuring, "_open", lambda spec, sources: replace(other, test=larger))
-    with pytest.raises(FedkitError, match=r"images of 1x8x8 and tells 10 classes.*1x16x16"):
+    larger = replace(other.test, shape=(1, 16, 16))
+    monkeypatch.setattr(measuring, "_open", lambda spec, sources, form: replace(other, test=larger))
+    with pytest.raises(FedkitError, match=r"images of 8x8 .*and tells 10 classes.*16x16"):
         measuring.evaluate(found.read(), DataSettings(), dataset="larger")
 
 
@@ -399,7 +399,8 @@ def lying(run: Path, file: Path, **lies: object) -> Path:
         ({"shape": (1, 60000, 60000)}, r"9\.weight has the shape"),
         ({"outputs": 10**9}, r"13\.weight has the shape"),
         ({"architecture": "cnn"}, "do not fit the network cnn"),
-        ({"architecture": "vit"}, "no model 'vit'"),
+        ({"architecture": "nonet"}, "no model 'nonet'"),
+        ({"architecture": "os:system"}, "no model 'os'"),
         ({"shape": (1, 8, 0)}, "is no size"),
         ({"std": (0.0,)}, "can't be read"),
         ({"classes": ()}, "names 0 classes for 10 outputs"),

@@ -44,7 +44,7 @@ def federation(tmp_path, owns, *, send=True, **settings):
         public=f"{public}:40",
         clients=len(owns),
         models="lenet",
-        local_epochs=1,
+        local_epochs=4,
         send_public=send,
         seed=3,
         **settings,
@@ -66,14 +66,16 @@ def local(monkeypatch):
     monkeypatch.setattr(plan, "_check_local", lambda federation, run: None)
 
 
-@pytest.mark.parametrize("strategy", ["ktpfl", "fedavg", "fd"])
-def test_devices_with_own_folders_learn_together(tmp_path, local, strategy):
+@pytest.mark.parametrize(
+    ("strategy", "hyper"), [("ktpfl", {}), ("fedavg", {"learning_rate": 0.1}), ("fd", {})]
+)
+def test_devices_with_own_folders_learn_together(tmp_path, local, strategy, hyper):
     owns = [
         pictures(tmp_path / "a", ("cow", "bee", "ant"), seed=1),
         pictures(tmp_path / "b", ("bee", "cow"), count=9, seed=2),
         pictures(tmp_path / "c", seed=3, size=11),
     ]
-    run = federation(tmp_path, owns, strategy=strategy, rounds=4, model="lenet")
+    run = federation(tmp_path, owns, strategy=strategy, rounds=4, model="lenet", **hyper)
     summary = run.run()
     assert summary["status"] == "completed" and not run.warnings()
     assert [client["examples"] for client in summary["clients"]] == [39, 14, 39]

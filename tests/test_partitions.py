@@ -98,15 +98,14 @@ def deals(draw):
     return spec, samples, shards, generator
 
 
-@settings(max_examples=400)
+@settings(max_examples=250)
 @given(deals())
 def test_any_deal_keeps_the_contract_or_says_in_a_sentence_why_not(one):
     spec, samples, shards, generator = one
     try:
         whole = deal(spec, samples, shards, generator)
     except UsageError as refusal:
-        assert str(refusal).rstrip().endswith((".", "?")) or spec.startswith("flwr")
-        assert "failed with" not in str(refusal)
+        assert str(refusal).endswith(".")
     else:
         assert_keeps_contract(whole, len(samples), shards)
 
@@ -270,7 +269,7 @@ def test_the_smallest_shard_has_as_many_samples_as_min_says(law):
 
 
 def test_client_wise_shards_are_equal_and_drawn_from_their_own_shares():
-    """Hsu et al.'s law: E q = prior, Var q_c = p(1-p)/(alpha+1), for all but the last shards."""
+    """Dir(alpha x prior): E q = prior, Var q_c = p(1-p)/(alpha+1), for all but the last shards."""
     labels = np.repeat(np.arange(4), [800, 600, 400, 200])
     prior, first = np.array([0.4, 0.3, 0.2, 0.1]), []
     for seed in range(400):

@@ -74,6 +74,7 @@ def main() -> None:
     from fedkit.cli import (
         certs,
         client,
+        data,
         doctor,
         evaluate,
         export,
@@ -84,7 +85,19 @@ def main() -> None:
         token,
     )
 
-    for module in (run, server, client, certs, token, listing, partition, export, evaluate, doctor):
+    for module in (
+        run,
+        server,
+        client,
+        certs,
+        token,
+        listing,
+        data,
+        partition,
+        export,
+        evaluate,
+        doctor,
+    ):
         module.register(app)
     signal.signal(signal.SIGTERM, _on_sigterm)
     try:

@@ -113,6 +113,7 @@ def client(
     settings: dict[str, Any],
 ) -> None:
     """Take part in a federation as one device; every other setting comes from the server."""
+    from fedkit.data.names import check_dataset
     from fedkit.engine.client import Client, ClientPlan
     from fedkit.registry import allow, check
     from fedkit.settings import build
@@ -123,7 +124,7 @@ def client(
     if model is not None:
         check("models", model)
     if dataset is not None:
-        check("datasets", dataset)
+        check_dataset(dataset)
     if partition is not None:
         check("partitions", partition)
     if max_wait_time is not None and not math.isfinite(max_wait_time):

@@ -50,15 +50,16 @@ def evaluate(
     settings: dict[str, Any],
 ) -> None:
     """Measure the models of a run or a client: all of them, unless --model names one."""
+    from fedkit.data.names import check_dataset
     from fedkit.engine.saved import chosen, data_of, models_of
-    from fedkit.registry import allow, check
+    from fedkit.registry import allow
     from fedkit.settings import build, merge
 
     as_json = wants_json(format)
     sources = build(DataSettings, merge(data_of(path), settings))
     if dataset is not None:
         allow(dataset)
-        check("datasets", dataset)
+        check_dataset(dataset)
     found = models_of(path, federation)
     wanted = found if model is None else [chosen(found, model, path)]
     from fedkit.engine import evaluate as measuring

@@ -152,12 +152,13 @@ def _counts(data: FederatedData) -> tuple[Any, list[str], Any]:
 
 
 def _print(shown: dict[str, Any]) -> None:
+    from rich.markup import escape
     from rich.table import Table
 
     from fedkit.report import wide_console
 
     console = wide_console()
-    table = Table(title=_title(shown))
+    table = Table(title=escape(_title(shown)))
     some_shared = shown["shared_pool"] > 0
     columns = ["shard", "samples", *(["shared"] if some_shared else []), "classes"]
     for name in [*columns, "largest class", "its share", "distance", "effective classes"]:
@@ -172,26 +173,24 @@ def _print(shown: dict[str, Any]) -> None:
         "effective classes: exp(entropy)",
         soft_wrap=True,
     )
-    console.print(_leftovers(shown), soft_wrap=True)
+    console.print(escape(_leftovers(shown)), soft_wrap=True)
 
 
 def _cells(row: dict[str, Any], some_shared: bool) -> list[str]:
     from rich.markup import escape
 
-    whole = [_count(row[name]) for name in ("samples", *(["shared"] if some_shared else []))]
+    from fedkit.data.drawing import readable
+
+    whole = [f"{row[name]:,.0f}" for name in ("samples", *(["shared"] if some_shared else []))]
     return [
         str(row["shard"]),
         *whole,
         f"{row['classes']:g}",
-        escape(row["largest_class"]),
+        escape(readable(row["largest_class"])) if row["largest_class"] else "",
         f"{row['largest_share']:.3f}",
         f"{row['total_variation']:.3f}",
         f"{row['effective_classes']:.2f}",
     ]
-
-
-def _count(number: float) -> str:
-    return f"{number:,.0f}"
 
 
 def _title(shown: dict[str, Any]) -> str:

@@ -95,10 +95,9 @@ def _read(name: str, family: Family, labels: str, names: str, sources: DataSetti
     how, right = by_torchvision(family.kind, root), 0
     wanted = [*family.train, family.test, family.meta]
     paths = [root / family.folder / file for file, _ in wanted]
-    for path in paths:
+    for path, (_, md5) in zip(paths, wanted, strict=True):
         if not path.is_file():
             raise missing(family.kind, path, how)
-    for path, (_, md5) in zip(paths, wanted, strict=True):
         right += verify(path, map_file(path), md5, sources, RISK)
     classes = _names(paths[-1], names)
     batches = [_batch(path, labels, len(classes)) for path in paths[:-1]]

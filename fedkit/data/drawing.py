@@ -29,6 +29,11 @@ def check_picture(path: Path) -> None:
         ) from error
 
 
+def readable(name: str) -> str:
+    """A class's name; that of a space or a line's end, as texts have them, in quotes."""
+    return name if name.strip() and name.isprintable() else repr(name)
+
+
 def draw(counts: Counts, names: Sequence[str], title: str, about: str, path: Path) -> None:
     """Draw ``counts`` (int64, shards x classes) of the classes ``names`` to a PNG, SVG or PDF file.
 
@@ -139,4 +144,5 @@ def _colours(classes: int) -> Any:
 
 
 def _short(name: str) -> str:
+    name = readable(name)
     return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…"

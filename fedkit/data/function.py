@@ -78,7 +78,8 @@ def _data(spec: str, what: str, given: Any) -> Tensor:
                 f"{spec}: {what} has the shape {tuple(array.shape)}: images have 1 or 3 channels."
             )
     elif array.dtype.kind == "f" and array.ndim == 2:
-        array = array.astype(np.float32)
+        with np.errstate(over="ignore"):  # told below
+            array = array.astype(np.float32)
         if not np.isfinite(array).all():
             row, column = np.argwhere(~np.isfinite(array))[0]
             raise FedkitError(f"{spec}: {what} has no finite number in row {row}, column {column}.")

@@ -12,6 +12,8 @@ DEFAULT_PUBLIC = {"digits": 400}
 DEFAULT_PUBLIC_OTHERS = 5000
 # No data set of the federation's: every client brings its own, and the server names the classes.
 OWN = "own"
+# One file each, and nothing to choose.
+WITHOUT_ARGUMENT = ("digits", "mnist", "fashion-mnist", "cifar10")
 # Data sets of which only their owner knows how large they are.
 OF_FILES = ("folder", "csv")
 
@@ -51,6 +53,14 @@ def public_parts(settings: FederationSettings) -> tuple[str, int | None]:
     return settings.public, None
 
 
+def check_dataset(spec: str) -> None:
+    """Raise ``UsageError`` unless ``spec`` names a data set, with no argument where it takes none."""
+    check("datasets", spec)
+    name, argument = split(spec)
+    if argument is not None and name in WITHOUT_ARGUMENT:
+        raise UsageError(f"The data set {name} takes no argument: {spec} is too much.")
+
+
 def _is_published(dataset: str) -> bool:
     return split(dataset)[0] not in OF_FILES and code_of("datasets", dataset) is None
 
@@ -60,9 +70,12 @@ def check_names(settings: FederationSettings) -> None:
     check("strategies", settings.strategy)
     check("models", settings.model)
     check("selectors", settings.select)
-    check("datasets", settings.dataset)
+    check_dataset(settings.dataset)
     check("partitions", settings.partition)
-    check("datasets", public_parts(resolve_public(settings))[0])
+    try:
+        check_dataset(public_parts(resolve_public(settings))[0])
+    except UsageError as error:
+        raise UsageError(f"public {settings.public!r}: {error}") from None
     # Made once to see whether their arguments make sense.
     for spec in settings.codec.split(","):
         name, argument = split(spec.strip())

@@ -165,6 +165,9 @@ def _leaf(name: str, folder: Path) -> Found:
         if not files:
             raise FedkitError(f"{folder / half} has no .json of LEAF's.")
     read = [[of_user for file in files for of_user in _users(file)] for files in halves]
+    for half, of_users in zip(("train", "test"), read, strict=True):
+        if not of_users:
+            raise FedkitError(f"{folder / half} has no samples.")
     users = sorted({user for half in read for user, _, _ in half})
     number = {user: at for at, user in enumerate(users)}
     train, test = (_leaf_pool(half, number) for half in read)

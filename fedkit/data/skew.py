@@ -45,7 +45,7 @@ def total_variation(counts: Counts, whole: Counts) -> PerShard:
 def effective_classes(counts: Counts) -> PerShard:
     """exp(entropy) of each shard's label distribution: as diverse as so many equally large classes.
 
-    Hill's diversity of order 1 (Hill 1973): 1 for a single class, C for C equal ones.
+    1 for a single class, C for C equal ones.
     """
     held = shares(counts)
     logs = np.log(held, where=held > 0, out=np.zeros_like(held))

@@ -2,7 +2,8 @@
 
 Li et al., Federated Optimization in Heterogeneous Networks (MLSys 2020), section 5.1, after the
 authors' ``generate_synthetic.py``. The papers call alpha and beta variances; that code, and so this one,
-takes them for standard deviations (the same at 0 and 1, another thing at 0.5).
+takes them for standard deviations (the same at 0 and 1, another thing at 0.5). By that law alpha moves no
+label: what it adds is the same for all classes of a device. Devices differ by their own W_k and b_k anyway.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ LARGEST = 1000.0
 def synthetic(argument: str | None, sources: DataSettings, form: Form | None = None) -> DataSet:
     """FedProx's synthetic:ALPHA,BETA (or :iid): 30 devices, 60 features, 10 classes; no download.
 
-    Alpha: how much the devices' models differ; beta: how much their data do; both standard deviations.
+    Alpha is the spread of the devices' models, beta that of their data; both are standard deviations.
     Of each device's samples four fifths are training data. The authors' code is not seeded; here the
     set is the same for every run, whatever its seed. Nothing is normalised, as there.
     """

@@ -141,7 +141,7 @@ def _rows(file: Path) -> Iterator[tuple[int, list[str]]]:
     reader, width = None, 0
     try:
         with file.open(encoding="utf-8-sig", newline="") as lines:
-            reader = csv.reader(lines, strict=True)
+            reader = csv.reader(lines, skipinitialspace=True, strict=True)
             for row in reader:
                 if not row:
                     continue

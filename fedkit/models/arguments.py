@@ -53,46 +53,42 @@ def split_width(name: str, argument: str | None) -> tuple[float, list[str]]:
     """The width of ``0.5,group`` (also ``width=0.5``; 1 if none is given), and the other words.
 
     Raises:
-        UsageError: the width is not in (0, 1].
+        UsageError: the width is not in (0, 1], or there are two.
     """
-    width, others = 1.0, []
-    for word in (argument or "1").split(","):
+    found, others = [], []
+    for word in argument.split(",") if argument is not None else []:
         text = word.removeprefix("width=")
         try:
-            width = float(text)
+            found.append(float(text))
         except ValueError:
-            if text != word:
-                width = math.nan
-            others.append(word)
-            continue
-        if not 0 < width <= 1:
-            width = math.nan
-    if math.isnan(width):
+            if text == word:
+                others.append(word)
+            else:
+                found.append(math.nan)
+    if len(found) > 1 or not all(0 < width <= 1 for width in found):
         raise UsageError(
             f"The model {name} takes a width above 0 and up to 1, as in {name}:0.5, not {argument!r}."
         )
-    return width, others
+    return (found[0] if found else 1.0), others
 
 
-def norm_and_depth(name: str, words: list[str], deepest: int) -> tuple[str, int]:
+def norm_and_depth(name: str, words: list[str], deepest: int | None) -> tuple[str, int]:
     """The normalisation (batch unless given) and the depth (``depth=2``; all unless given).
 
+    ``deepest`` is None for a network whose depth is fixed.
+
     Raises:
-        UsageError: a word is neither.
+        UsageError: a word is neither, or given twice.
     """
-    norm, depth = "batch", deepest
-    depths = {f"depth={number}": number for number in range(1, deepest + 1)}
-    for word in words:
-        if word in NORMS:
-            norm = word
-        elif word in depths:
-            depth = depths[word]
-        else:
-            allowed = [*NORMS, *(depths if deepest > 1 else ())]
-            raise UsageError(
-                f"The model {name} takes a width and {_either(allowed)} after it, not {word!r}."
-            )
-    return norm, depth
+    depths = {f"depth={number}": number for number in range(1, (deepest or 0) + 1)}
+    norms = [word for word in words if word in NORMS]
+    kept = [depths[word] for word in words if word in depths]
+    if len(norms) > 1 or len(kept) > 1 or len(norms) + len(kept) < len(words):
+        depth = f" and depth=1 to depth={deepest}" if deepest else ""
+        raise UsageError(
+            f"The model {name} takes a width, one of {_either(NORMS)}{depth}, not {','.join(words)!r}."
+        )
+    return (norms or ["batch"])[0], (kept or [deepest or 0])[0]
 
 
 def _either(words: Collection[str]) -> str:

@@ -35,7 +35,7 @@ def heterofl_cnn(shape: tuple[int, ...], classes: int, argument: str | None = No
     name = "heterofl-cnn"
     channels, _, _ = image_shape(name, shape, least=8)
     width, words = split_width(name, argument)
-    norm, _ = norm_and_depth(name, words, deepest=1)
+    norm, _ = norm_and_depth(name, words, deepest=None)
     layers: list[nn.Module] = []
     for hidden in _hidden(width):
         layers += [

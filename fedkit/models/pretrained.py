@@ -75,13 +75,18 @@ def _download(name: str) -> dict[str, torch.Tensor]:
     folder = Path(torch.hub.get_dir()) / "checkpoints"
     path = folder / Path(urlparse(url).path).name
     try:
-        state: dict[str, torch.Tensor] = torch.hub.load_state_dict_from_url(
+        state: object = torch.hub.load_state_dict_from_url(
             url, model_dir=str(folder), progress=False, check_hash=True, weights_only=True
         )
+        if not isinstance(state, dict):
+            raise TypeError(f"it holds a {type(state).__name__}")
     except Exception as error:  # no network, no disk, a file that is no checkpoint, a wrong hash
-        missing = "can't be read" if path.exists() else "are not here, and can't be downloaded"
+        told = type(error).__name__
+        if path.exists():  # torch's own sentence would advise to trust the file
+            found = f"can't be read ({told})"
+        else:
+            found = f"are not here and can't be downloaded ({told}: {error})"
         raise FedkitError(
-            f"The pre-trained weights of {name} {missing} ({type(error).__name__}: {error}): get {url} "
-            f"and put it at {path}."
+            f"The pre-trained weights of {name} {found}: get {url} and put it at {path}."
         ) from error
     return state

@@ -67,9 +67,9 @@ def cnn1(shape: tuple[int, ...], classes: int, argument: str | None = None) -> n
 
     Small images: convolutions padded below 18x18.
 
-    Unpadded as in the paper (Jiang, Shan and Zhang 2020) from there on. It lists "FC 1024 and 64". 1024 is also what its convolutions
-    leave of 32x32 images, and then the first layer is none of its own: that is ``cnn1``, and ``cnn1:wide``
-    is the literal reading.
+    Unpadded from there on, as in the paper (Jiang, Shan and Zhang 2020). It lists "FC 1024 and 64"; 1024 is
+    also what its convolutions leave of 32x32 images, so that only 64 need be a layer of its own: that is
+    ``cnn1``, and ``cnn1:wide`` is the literal reading.
     """
     wide = one_of("cnn1", argument, ["wide"])
     return _feddistill("cnn1", shape, classes, (32, 64, 64), (1024, 64) if wide else (64,))
@@ -80,8 +80,9 @@ def cnn2(shape: tuple[int, ...], classes: int, argument: str | None = None) -> n
 
     Small images: convolutions padded below 18x18.
 
-    Unpadded as in the paper (Jiang, Shan and Zhang 2020) from there on. It lists "FC 2048", which is also what its convolutions leave of
-    32x32 images: ``cnn2`` has no hidden layer behind them, and ``cnn2:wide`` is the literal reading.
+    Unpadded from there on, as in the paper (Jiang, Shan and Zhang 2020). It lists "FC 2048", which is also
+    what its convolutions leave of 32x32 images: ``cnn2`` has no hidden layer behind them, and ``cnn2:wide``
+    is the literal reading.
     """
     wide = one_of("cnn2", argument, ["wide"])
     return _feddistill("cnn2", shape, classes, (128, 128, 128), (2048,) if wide else ())

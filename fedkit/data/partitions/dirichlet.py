@@ -75,7 +75,7 @@ def dirichlet_client(
 ) -> list[Indices]:
     """dirichlet-client:ALPHA: equal shards, each with class shares of its own from Dir(ALPHA x prior).
 
-    Hsu et al. 2019's law (algorithms.md 9.3): a shard draws its n/N samples one by one without
+    The shard-wise law (algorithms.md 9.3): a shard draws its n/N samples one by one without
     replacement, by its shares of the classes that are not used up; the last ones take what is left. The
     prior is the label distribution of the whole, so that ALPHA is comparable to ALPHA/C of
     ``dirichlet`` with C classes, not to ALPHA.

@@ -54,7 +54,7 @@ def flwr(
         count, parts = _load(kind, settings, columns, shards)
     except Exception as error:  # whatever somebody's partitioner raises at what it can't do
         raise UsageError(
-            f"flwr:{argument} can't deal {len(samples)} samples into {shards} shards: {error}"
+            f"flwr:{argument} can't deal {len(samples)} samples into {shards} shards ({error})."
         ) from error
     if count != shards:
         raise UsageError(f"flwr:{name} makes {count} shards here: take --num-shards {count}.")

@@ -17,7 +17,7 @@ def natural(
 
     Without argument everybody's samples are dealt: owners from the largest to the smallest, each to the
     shard that has least so far. With ``1`` the samples of the smaller owners are dropped. Shards come in
-    the order in which their first sample lies. Nothing is drawn: it is the same for every seed. With as
+    the order of their first owner's number. Nothing is drawn: it is the same for every seed. With as
     many shards as owners both are the indices of flwr-datasets' ``NaturalIdPartitioner``.
     """
     if argument not in (None, "1"):
@@ -42,5 +42,5 @@ def natural(
             size, shard = heapq.heappop(heap)
             shard_of[one] = shard
             heapq.heappush(heap, (size + int(sizes[one]), shard))
-    parts = [np.flatnonzero(shard_of[owner] == shard) for shard in range(shards)]
-    return sorted(parts, key=lambda part: int(part[0]))
+    first_come = list(dict.fromkeys(shard_of[shard_of >= 0].tolist()))
+    return [np.flatnonzero(shard_of[owner] == shard) for shard in first_come]

@@ -62,10 +62,10 @@ def ktpfl1(
     algorithms.md 9.5: N samples of each class (10 if not given) for everybody, the rest of the class by
     shares from Dir(1).
     """
-    value, given = arguments.options("ktpfl1", f",{argument}" if argument else None, "min=")
-    if argument == "" or value:
+    word, _, text = ("min", "=", None) if argument is None else argument.partition("=")
+    if word != "min":
         raise UsageError(f"ktpfl1 takes min=N or nothing, not {argument!r}.")
-    least = arguments.least("ktpfl1", given.get("min"), FIRST)
+    least = arguments.least("ktpfl1", text, FIRST)
     kinds, sizes = np.unique(samples.labels, return_counts=True)
     _check_first(kinds, sizes, np.full(len(kinds), least * shards), "ktpfl1", "a smaller min")
     counts = np.full((shards, len(kinds)), least, dtype=np.int64)
@@ -131,7 +131,7 @@ def dominant(
         mains[shard] = np.lexsort((generator.random(len(kinds)), load / sizes))[0]
         load[mains[shard]] += weights[shard]
     others = (weights.sum() - load) * (1 - share) / (len(kinds) - 1)
-    scale = (sizes / (share * load + others)).min()
+    scale = 1 / ((share * load + others) / sizes).max()
     order = generator.random((shards, len(kinds)))
     # Rounding can ask for a sample more than a class has; then all sizes are a little smaller.
     for percent in range(100, 0, -1):

@@ -28,8 +28,8 @@ def quantity(
 ) -> list[Indices]:
     """quantity:ALPHA[,min=N]: labels as in the whole, sizes by shares from Dir(ALPHA).
 
-    Drawn again until the smallest shard has N samples (10 if not given); algorithms.md 9.6. A large
-    ALPHA is ``iid``.
+    Drawn again until the smallest shard has N samples (10 if not given); NIID-Bench
+    (arXiv 2102.02079), algorithms.md 9.6. A large ALPHA is ``iid``.
     """
     text, given = arguments.options("quantity", argument, "min=")
     alpha = arguments.positive("quantity", text)

@@ -50,7 +50,7 @@ def client_app(local_work: LocalWork) -> ClientApp:
                 "public-digest": edge.data.public_digest,
                 "partition-digest": edge.data.partition_digest,
                 "classes": list(edge.data.classes),
-                "codecs": names("codecs"),
+                "codecs": list(names("codecs")),
             }
         )
         sizes = MetricRecord(

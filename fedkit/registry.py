@@ -35,9 +35,10 @@ _PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 _allowed: set[str] = set()
 
 
-def names(kind: str) -> list[str]:
+@cache
+def names(kind: str) -> tuple[str, ...]:
     """The names of one kind (a key of ``KINDS``), plug-ins included, in alphabetical order."""
-    return sorted({point.name for point in entry_points(group=f"fedkit.{kind}")})
+    return tuple(sorted({point.name for point in entry_points(group=f"fedkit.{kind}")}))
 
 
 def split(spec: str) -> tuple[str, str | None]:

@@ -211,6 +211,12 @@ def test_options_that_there_are_not_are_refused(home, tmp_path, options):
         opened(tmp_path, options)
 
 
+@pytest.mark.parametrize("shape", [(7, 8, 8), (3, 10**6, 8)])
+def test_a_strangers_form_that_no_picture_has_is_refused(home, tmp_path, shape):
+    with pytest.raises(FedkitError, match="pictures can't be read as"):
+        opened(tmp_path, form=Form(shape))
+
+
 def test_a_folder_without_pictures_is_told(tmp_path):
     (tmp_path / "pictures").mkdir()
     with pytest.raises(FedkitError, match="holds no pictures"):

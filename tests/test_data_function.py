@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -77,6 +79,15 @@ def test_tensors_and_names_are_taken():
 def test_a_data_set_is_taken_as_it_is():
     data = open_dataset("digits", DataSettings())
     assert made(data) is data
+    for spoilt in (
+        replace(data, test=3),
+        replace(data, train=replace(data.train, labels=data.train.labels.tolist())),
+        replace(data, train=replace(data.train, labels=data.train.labels + 1)),
+        replace(data, train=replace(data.train, owners=torch.zeros(3))),
+        replace(data, test=replace(data.test, shape=(1, 4, 4))),
+    ):
+        with pytest.raises(FedkitError, match="mine:data: t"):
+            made(spoilt)
 
 
 X, Y = floats_of(4)(6), np.arange(6) % 3
@@ -97,6 +108,9 @@ TEST = floats_of(4)(2), np.array([0, 1])
         (((X, Y[:5]), TEST), r"y_train has the shape \(5,\) for 6 samples"),
         (((X, Y * 1.0), TEST), "y_train must be whole numbers"),
         (((X, Y - 1), TEST), "y_train must be whole numbers"),
+        (((X, Y + 10**9), TEST), "y_train must be whole numbers"),
+        (((X, Y > 1), TEST), "y_train must be whole numbers"),
+        (((torch.ones(6, 4, dtype=torch.bfloat16), Y), (TEST[0].tolist(), Y)), "x_test is a list"),
         (((X, Y), (TEST[0][:, :3], TEST[1])), r"samples of \(4,\) in float32, x_test of \(3,\)"),
         (((X, Y), TEST, ["a", "b"]), "each of 3 classes"),
         (((X, Y), TEST, ["a", "b", "a"]), "each of 3 classes"),

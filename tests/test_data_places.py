@@ -76,6 +76,15 @@ def test_all_places_that_were_tried_are_named(machine):
         placed(machine, "nowhere")
 
 
+@pytest.mark.parametrize("path", ["x" * 5000, "circle", "~nobody-of-that-name/x"])
+def test_a_path_that_can_not_be_looked_up_is_a_sentence(machine, path):
+    (machine / "root" / "circle").symlink_to("circle")
+    for _ in range(2):
+        with pytest.raises(FedkitError):
+            placed(machine, path)
+        registry.allow(f"folder:{path}")
+
+
 @pytest.mark.parametrize("path", ["", "a\0b"])
 def test_no_path_is_none(machine, path):
     with pytest.raises(UsageError, match="folder:PATH"):

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from fedkit.data.datasets import open_dataset
-from fedkit.errors import FedkitError, UsageError
+from fedkit.errors import FedkitError
 from fedkit.models.build import build_model, parameter_count
 from fedkit.registry import load, names
 from fedkit.settings import DataSettings
@@ -103,19 +103,6 @@ assert "torchvision" not in sys.modules
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
 
 
-SHAPES = [(1, 8, 8), (1, 28, 28), (3, 32, 32), (3, 64, 64)]
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("name", [*names("models"), "lenet:batch", "lenet:group", "shufflenet:0.5"])
-def test_models_fit_the_data(name, shape):
-    model = build_model(name, shape, 7, seed=1)
-    model.eval()
-    with torch.inference_mode():
-        logits = model(torch.zeros(2, *shape))
-    assert logits.shape == (2, 7) and logits.isfinite().all()
-
-
 def test_initial_weights_hang_on_seed_and_client_alone():
     torch.manual_seed(5)
     first = build_model("lenet", (1, 8, 8), 10, seed=1, client=2).state_dict()
@@ -138,9 +125,3 @@ def test_torchvisions_resnet18_keeps_its_size():
     # torchvision's 11,689,512 parameters and 9,620 buffers; other stem, other head.
     model = build_model("resnet18", (3, 32, 32), 1000, seed=1)
     assert parameter_count(model) == 11_689_512 + 9_620 - 3 * 64 * 49 + 3 * 64 * 9
-
-
-@pytest.mark.parametrize("spec", ["lenet:what", "cnn:2", "shufflenet:7", "resnet18:x"])
-def test_bad_model_arguments_are_told(spec):
-    with pytest.raises(UsageError):
-        build_model(spec, (1, 8, 8), 10, seed=1)

@@ -17,6 +17,7 @@ ALIASES = {
     f"shufflenet_v2_x{width.replace('.', '_')}": width for width in ("0.5", "1.0", "1.5", "2.0")
 }
 MOBILE = ["mobilenet_v2", "mobilenet_v3_small", "mobilenet_v3_large"]
+LARGE = ["alexnet", "resnet34", "resnet50"]
 TEXT = ["lstm:32", "transformer:0.25"]
 ON_IMAGES = [
     *(
@@ -60,12 +61,27 @@ def answers_and_learns(model: nn.Module, inputs: torch.Tensor, classes: int) -> 
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name
 
 
-@pytest.mark.parametrize("spec", sorted(ON_IMAGES))
-@pytest.mark.parametrize("shape", IMAGES, ids=str)
+def trials() -> list[tuple[str, tuple[int, ...]]]:
+    # The largest cost seconds each: the ends for them, and what lies between without numbers, below.
+    return [
+        (spec, shape)
+        for spec in sorted(ON_IMAGES)
+        for shape in ((IMAGES[0], IMAGES[-1]) if spec in LARGE else IMAGES)
+    ]
+
+
+@pytest.mark.parametrize(("spec", "shape"), trials())
 def test_every_network_reads_small_images_and_every_parameter_learns(spec, shape):
     generator = torch.Generator().manual_seed(3)
     model = build_model(spec, shape, 7, seed=1)
     answers_and_learns(model, torch.randn(2, *shape, generator=generator), 7)
+
+
+@pytest.mark.parametrize("spec", LARGE)
+@pytest.mark.parametrize("shape", IMAGES[1:-1], ids=str)
+def test_the_largest_networks_read_what_lies_between(spec, shape):
+    model = on_meta(spec, shape, 7)
+    assert model(torch.empty(2, *shape, device="meta")).shape == (2, 7)
 
 
 @pytest.mark.parametrize("spec", TEXT)

@@ -55,7 +55,7 @@ def test_the_published_network_weighs_what_the_paper_says():
 
 @pytest.mark.parametrize("name", SLICED)
 @given(pair=st.tuples(widths, widths))
-@settings(max_examples=8)
+@settings(max_examples=5)
 def test_every_tensor_of_a_narrow_network_is_a_prefix_of_the_wide_ones(name, pair):
     narrow, wide = (tensors(f"{name}:{width}") for width in sorted(pair))
     assert list(narrow) == list(wide)
@@ -64,7 +64,7 @@ def test_every_tensor_of_a_narrow_network_is_a_prefix_of_the_wide_ones(name, pai
 
 @pytest.mark.parametrize("name", SLICED)
 @given(width=widths)
-@settings(max_examples=8)
+@settings(max_examples=5)
 def test_hidden_layers_keep_the_ceiling_of_their_share_and_the_edges_all(name, width):
     whole, sliced = tensors(name), tensors(f"{name}:{width}")
     first = {"heterofl-cnn": "0.weight", "transformer": "embedding.weight"}.get(

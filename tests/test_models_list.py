@@ -30,7 +30,7 @@ def few(monkeypatch) -> None:
 
 def test_every_network_has_its_figures_or_a_reason_on_digits():
     rows = model_rows(KNOWN["digits"])
-    assert [row["name"] for row in rows] == names("models")
+    assert [row["name"] for row in rows] == list(names("models"))
     told = {row["name"]: row for row in rows}
     assert {name for name, row in told.items() if "refused" in row} == {"lstm", "transformer"}
     for name in ("lenet", "cnn", "shufflenet"):

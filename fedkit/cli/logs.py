@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import sys
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -58,6 +59,8 @@ def set_up(*, debug: bool, verbose: bool, quiet: bool) -> None:
     logging.getLogger("fedkit").setLevel(level)
     logging.getLogger("flwr").setLevel(logging.DEBUG if debug else logging.ERROR)
     logging.captureWarnings(True)
+    if not debug:
+        warnings.formatwarning = lambda message, *where: f"Warning: {message}"
 
 
 class JsonFormatter(logging.Formatter):

@@ -142,8 +142,8 @@ def _classes(dataset: DataSet) -> Finding:
     if not names:
         return Finding("classes", OK, "none: it can be a public set, without --public-labels")
     if not len(dataset.train):
-        shown = ", ".join(repr(name) for name in names)
-        return Finding("classes", OK, f"{len(names)}: {shown}", {"classes": list(names)})
+        text = f"{len(names)}: {', '.join(repr(name) for name in names)}"
+        return Finding("classes", OK, text, {"classes": list(names)})
     counts = torch.bincount(dataset.train.labels, minlength=len(names)).tolist()
     shown = [f"{name!r} {count:,}" for name, count in zip(names, counts, strict=True)][:SHOWN]
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""

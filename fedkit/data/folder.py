@@ -91,6 +91,10 @@ def normalisation(channels: int) -> tuple[Tensor, Tensor]:
 def _parse(spec: str, argument: str, form: Form | None) -> tuple[str, Look]:
     shape = form.shape if form is not None and len(form.shape) == 3 else None
     channels, size = (shape[0], shape[1:]) if shape else (3, None)
+    if channels not in (1, 3) or (size and max(size) > LARGEST):
+        raise FedkitError(
+            f"{spec}: pictures can't be read as {channels} channels of {size} pixels."
+        )
     path, *options = argument.split(",")
     while options and not _is_option(options[0]):
         path = f"{path},{options.pop(0)}"
@@ -126,13 +130,16 @@ class _Scan:
         except OSError as error:
             raise FedkitError(f"{place} can't be read: {error.strerror or error}.") from error
         for entry in found:
-            leads_out = entry.is_symlink() and not Path(entry.path).resolve().is_relative_to(
-                self.inside
-            )
-            if leads_out or entry.name.startswith("."):
+            if entry.name.startswith(".") or (entry.is_symlink() and self._leads_out(entry.path)):
                 self.passed += 1
             else:
                 yield entry
+
+    def _leads_out(self, path: str) -> bool:
+        try:
+            return not Path(path).resolve(strict=True).is_relative_to(self.inside)
+        except (OSError, RuntimeError):  # to nowhere, or round in a circle
+            return True
 
     def folders(self, place: Path) -> list[Path]:
         """The folders in a folder."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from fedkit.data.samples import DataSet, Pool, pool_of
 from fedkit.errors import FedkitError
 
+MOST_CLASSES = 65536
 FORM = "((x_train, y_train), (x_test, y_test)), or these two and the classes' names"
 
 
@@ -92,7 +93,7 @@ def _data(spec: str, what: str, given: Any) -> Tensor:
         raise FedkitError(
             f"{spec}: {what} has the shape {tuple(array.shape)}: there is nothing in it."
         )
-    return torch.from_numpy(np.ascontiguousarray(array))
+    return torch.from_numpy(np.require(array, requirements=["C", "W"]))
 
 
 def _labels(spec: str, what: str, given: Any, count: int) -> Tensor:
@@ -101,9 +102,12 @@ def _labels(spec: str, what: str, given: Any, count: int) -> Tensor:
         raise FedkitError(
             f"{spec}: {what} has the shape {tuple(array.shape)} for {count} samples: it must be ({count},)."
         )
-    if count and (array.dtype.kind not in "iu" or int(array.min()) < 0):
+    if count and (
+        array.dtype.kind not in "iu" or array.min() < 0 or int(array.max()) >= MOST_CLASSES
+    ):
         raise FedkitError(
-            f"{spec}: {what} must be whole numbers from 0, not {array.dtype} as given."
+            f"{spec}: {what} must be whole numbers from 0 to {MOST_CLASSES - 1}, not {array.dtype} "
+            f"from {array.min()} to {array.max()}."
         )
     return torch.from_numpy(array.astype(np.int64))
 
@@ -132,8 +136,13 @@ def _moments(train: Tensor) -> tuple[Tensor, Tensor]:
 
 def _checked(spec: str, dataset: DataSet) -> DataSet:
     for what, pool in (("train", dataset.train), ("test", dataset.test)):
-        if not isinstance(pool, Pool) or pool.labels.dtype != torch.int64 or pool.labels.dim() != 1:
+        labels = pool.labels if isinstance(pool, Pool) else None
+        if not isinstance(labels, Tensor) or labels.dtype != torch.int64 or labels.dim() != 1:
             raise FedkitError(f"{spec}: {what} must be a Pool whose labels are int64, n.")
+        if pool.owners is not None and pool.owners.shape != labels.shape:
+            raise FedkitError(
+                f"{spec}: {what} must have an owner for each of {len(labels)} samples."
+            )
         last = len(dataset.classes) - 1 if dataset.classes else 0
         if len(pool) and not 0 <= int(pool.labels.min()) <= int(pool.labels.max()) <= last:
             raise FedkitError(f"{spec}: {what} has labels that are not from 0 to {last}.")
@@ -146,7 +155,9 @@ def _checked(spec: str, dataset: DataSet) -> DataSet:
 
 def _array(spec: str, what: str, given: Any) -> NDArray[Any]:
     if isinstance(given, Tensor):
-        given = given.detach().cpu().numpy()
+        # NumPy knows fewer kinds of floats than torch.
+        given = given.detach().cpu()
+        given = (given.float() if given.is_floating_point() else given).numpy()
     if not isinstance(given, np.ndarray):
         raise FedkitError(
             f"{spec}: {what} is a {type(given).__name__}: it must be an array of NumPy or torch."

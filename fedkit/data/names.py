@@ -8,7 +8,7 @@ from fedkit.errors import UsageError
 from fedkit.registry import check, code_of, load, split
 from fedkit.settings import FederationSettings
 
-DEFAULT_PUBLIC = {"digits": 400}
+DEFAULT_PUBLIC = {"digits": 400, "synthetic": 1000}
 DEFAULT_PUBLIC_OTHERS = 5000
 # No data set of the federation's: every client brings its own, and the server names the classes.
 OWN = "own"
@@ -32,7 +32,7 @@ def resolve_public(settings: FederationSettings) -> FederationSettings:
             f"How much of {settings.dataset} is the public set? Give --public "
             f"{settings.dataset}:COUNT, or another data set."
         )
-    count = DEFAULT_PUBLIC.get(settings.dataset, DEFAULT_PUBLIC_OTHERS)
+    count = DEFAULT_PUBLIC.get(split(settings.dataset)[0], DEFAULT_PUBLIC_OTHERS)
     return replace(settings, public=f"{settings.dataset}:{count}")
 
 

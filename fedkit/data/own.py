@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from fedkit.data.folder import normalisation
 from fedkit.data.samples import DataSet, Form, pool_of
 from fedkit.errors import UsageError
 from fedkit.settings import DataSettings
@@ -13,7 +12,7 @@ from fedkit.settings import DataSettings
 def own(argument: str | None, sources: DataSettings, form: Form | None = None) -> DataSet:
     """The clients' own data: own:cat,dog,bird names the classes, --public how samples look.
 
-    It has no samples. Images are normalised as ``folder`` does it, features are taken as they are.
+    It has no samples; how clients' own are normalised is taken from the public set (``splits.cut``).
     """
     classes = tuple(name.strip() for name in (argument or "").split(","))
     if len(classes) < 2 or "" in classes or len(set(classes)) < len(classes):
@@ -26,11 +25,7 @@ def own(argument: str | None, sources: DataSettings, form: Form | None = None) -
             f"own:{argument} holds nothing: it names the classes of data that clients bring, and how "
             "these look is told by the public set of a federation."
         )
-    if len(form.shape) == 3:
-        mean, std = normalisation(form.shape[0])
-        data = torch.empty((0, *form.shape), dtype=torch.uint8)
-    else:
-        mean, std = torch.zeros(form.shape[0]), torch.ones(form.shape[0])
-        data = torch.empty((0, *form.shape))
-    empty = pool_of(data, torch.empty(0, dtype=torch.int64), mean, std)
+    nothing = torch.empty(0)
+    data = torch.empty((0, *form.shape), dtype=torch.uint8)
+    empty = pool_of(data, torch.empty(0, dtype=torch.int64), nothing, nothing)
     return DataSet(f"own:{argument}", empty, empty, classes, form.columns)

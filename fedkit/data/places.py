@@ -42,35 +42,38 @@ def own_path(spec: str, path: str, sources: DataSettings) -> Path:
         raise UsageError(
             f"{spec!r} names no path: it takes one, as in {spec.partition(':')[0]}:PATH."
         )
-    root, asked = _root(sources), Path(path).expanduser()
-    under = root / asked if root is not None else None
-    if not is_allowed(spec):
-        _check_inside(spec, path, root)
-        places = [under] if under else []
-    else:
-        places = [under, asked] if under and not asked.is_absolute() else [asked]
-    for place in places:
-        if place.exists():
-            return place
+    root = _root(sources)
+    try:
+        places = _places(path, root) if is_allowed(spec) else [_inside(spec, path, root)]
+        for place in places:
+            if place.exists():
+                return place
+    except (OSError, RuntimeError) as error:  # too long, a circle of links, nobody's home
+        raise FedkitError(f"{spec} can't be looked up: {error}.") from error
     raise FedkitError(f"{spec}: there is no {' or '.join(str(place) for place in places)}.")
 
 
 def _root(sources: DataSettings) -> Path | None:
     root = sources.data_root or os.environ.get("FEDKIT_DATA_ROOT", "")
-    return Path(root).expanduser() if root else None
+    return Path(root) if root else None
 
 
-def _check_inside(spec: str, path: str, root: Path | None) -> None:
+def _places(path: str, root: Path | None) -> list[Path]:
+    asked = Path(path).expanduser()
+    return [asked] if root is None or asked.is_absolute() else [root / asked, asked]
+
+
+def _inside(spec: str, path: str, root: Path | None) -> Path:
     asked = Path(path)
-    inside = (
-        root is not None
-        and not asked.is_absolute()
-        and ".." not in asked.parts
-        and not path.startswith("~")
-        and (root / asked).resolve().is_relative_to(root.resolve())
-    )
-    if not inside:
+    if (
+        root is None
+        or asked.is_absolute()
+        or ".." in asked.parts
+        or path.startswith("~")
+        or not (root / asked).resolve().is_relative_to(root.resolve())
+    ):
         raise UsageError(
             f"{path} is no path inside this device's data root, and only its own command line may name "
             f"others: --dataset {spec} or --allow {spec} lets this process read it."
         )
+    return root / asked

@@ -42,7 +42,7 @@ def map_file(path: Path) -> mmap.mmap | bytes:
 def verify(
     path: Path, content: mmap.mmap | bytes, md5: str, sources: DataSettings, risk: str = ""
 ) -> bool:
-    """Whether a file is the published one; it costs about 1.5 ms a megabyte.
+    """Whether a file is the published one; it costs about 2 ms a megabyte.
 
     Args:
         path: the file, for sentences.

@@ -200,7 +200,7 @@ def _users(path: Path) -> Iterator[tuple[str, NDArray[np.uint8], NDArray[np.uint
         users = [(str(user), data[user]["x"], data[user]["y"]) for user in content["users"]]
     except OSError as error:
         raise FedkitError(f"{path} can't be read: {error.strerror or error}.") from error
-    except (ValueError, LookupError, TypeError) as error:
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise FedkitError(
             f"{path} is not as LEAF writes it (users, num_samples, user_data with x and y): "
             f"{type(error).__name__} {error}."

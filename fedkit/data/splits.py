@@ -149,6 +149,9 @@ def cut(
         public = public or public_set(settings, open_dataset(name, sources))
         form = Form(public.samples.shape, public.columns)
         dataset = open_dataset(settings.dataset, sources, form)
+        mean, std = public.samples.mean, public.samples.std
+        nobodys = replace(dataset.train, mean=mean, std=std)
+        dataset = replace(dataset, train=nobodys, test=nobodys)
     else:
         dataset = open_dataset(settings.dataset, sources)
         form = Form(dataset.train.shape, dataset.columns)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +13,7 @@ from threadpoolctl import threadpool_limits
 
 from fedkit.data.names import OWN
 from fedkit.data.samples import Samples
+from fedkit.data.skew import class_counts
 from fedkit.data.splits import cut
 from fedkit.durable import make_folder
 from fedkit.engine.plan import Plan
@@ -93,17 +93,17 @@ class ServerView:
 
     def partition(self) -> dict[str, Any]:
         """``partition.json``: what each shard holds, and the digests that both sides compare."""
-        labels = self.data.dataset.train.labels.numpy()
-        names = self.data.classes
+        labels, names = self.data.dataset.train.labels.numpy(), self.data.classes
+        counted = class_counts(labels, self.data.dealt.parts, len(names))
         shards = []
         for number, part in enumerate(self.data.dealt.parts):
-            counts = Counter(names[label] for label in labels[part].tolist())
+            held = {name: int(n) for name, n in zip(names, counted[number], strict=True) if n}
             shards.append(
                 {
                     "shard": number,
                     "samples": len(part),
                     "shared": len(self.data.dealt.shared[number]),
-                    "classes": dict(sorted(counts.items())),
+                    "classes": dict(sorted(held.items())),
                 }
             )
         return {

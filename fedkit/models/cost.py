@@ -71,7 +71,7 @@ def training_memory(
     *,
     moments: int = 2,
 ) -> int:
-    """Bytes that training a network takes at its peak, without torch itself (about 200 MB).
+    """Bytes that training a network takes at its peak, without torch itself.
 
     Weights, buffers and moments, and the most that lives at once of gradients, activations and one
     batch while that goes forward and back. Single operations may need more for themselves: an LSTM on

@@ -15,7 +15,7 @@ from clients import memory
 from clients.edge import ALONE, OWN, Edge, edge_of
 from clients.joining import PublicMissing, take_offer
 from fedkit.data.samples import Samples
-from fedkit.models.build import build_model, parameter_count
+from fedkit.models.build import parameter_count, restored
 from fedkit.models.files import about_of
 from fedkit.models.measure import measure
 from fedkit.registry import names
@@ -107,9 +107,8 @@ def reply(
 
 def global_model(edge: Edge, arrays: ArrayRecord, spec: str) -> torch.nn.Module:
     """A network of the federation's with the given weights, on this client's device."""
-    model = build_model(spec, edge.data.shape, edge.outputs, edge.settings.seed)
-    model.load_state_dict(arrays.to_torch_state_dict())
-    return model.to(edge.device)
+    weights = arrays.to_torch_state_dict()
+    return restored(spec, edge.data.shape, edge.outputs, weights).to(edge.device)
 
 
 def keep(edge: Edge, context: Context, slot: str) -> None:

@@ -16,7 +16,7 @@ from clients.joining import federated_data
 from fedkit.data.samples import Samples
 from fedkit.data.splits import ClientData, FederatedData
 from fedkit.models.budget import check_budget
-from fedkit.models.build import build_model
+from fedkit.models.build import build_model, restored
 from fedkit.models.device import pick_device, repeatable
 from fedkit.models.trial import try_one_batch
 from fedkit.seeds import torch_generator
@@ -119,9 +119,12 @@ def _build(context: Context) -> Edge:
     )
     slots = (OWN, ALONE) if settings.alone else (OWN,)
     _keep_to_budget(edge, context, len(slots))
+    network = edge.model_name, data.shape, edge.outputs
     for slot in slots:
-        model = build_model(edge.model_name, data.shape, edge.outputs, settings.seed, client)
-        memory.recall_model(context, slot, model)
+        weights = memory.recall_weights(context, slot)
+        model = (
+            restored(*network, weights) if weights else build_model(*network, settings.seed, client)
+        )
         edge.models[slot] = model.to(device)
     try_one_batch(edge.own, _two(edge), edge.outputs, edge.model_name)
     return edge

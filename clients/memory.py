@@ -7,6 +7,7 @@ it. Optimiser states are flattened to named arrays, so that nothing is pickled.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -28,11 +29,10 @@ def keep_about(context: Context, about: About) -> None:
     context.state["about"] = ConfigRecord({"json": json.dumps(asdict(about))})
 
 
-def recall_model(context: Context, name: str, model: nn.Module) -> None:
-    """Load a model from the state, if it is there."""
+def recall_weights(context: Context, name: str) -> Mapping[str, torch.Tensor] | None:
+    """The state dict of a model that the state holds, if it does."""
     record = context.state.get(f"{name}-model")
-    if isinstance(record, ArrayRecord):
-        model.load_state_dict(record.to_torch_state_dict())
+    return record.to_torch_state_dict() if isinstance(record, ArrayRecord) else None
 
 
 def keep_agreement(context: Context, agreement: Agreement, batch_size: int) -> None:

@@ -3,9 +3,6 @@
 An error message says what is wrong, where, and what to do. Nobody but ``--debug`` sees a traceback.
 """
 
-import traceback
-from pathlib import Path
-
 LONGEST = 500
 
 
@@ -34,8 +31,22 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def where_raised(error: BaseException) -> str:
-    """File and line where an error was raised."""
-    last = traceback.extract_tb(error.__traceback__)[-1]
+    """File and line of the user's own code that an error came through last; else where it was raised.
+
+    The line that called a library says more than the line inside where it ended.
+    """
+    import sysconfig
+    import traceback
+    from pathlib import Path
+
+    frames = traceback.extract_tb(error.__traceback__)
+    others = (str(Path(__file__).parent), sysconfig.get_path("stdlib"), "<frozen")
+    own = [
+        frame
+        for frame in frames
+        if not frame.filename.startswith(others) and "site-packages" not in frame.filename
+    ]
+    last = own[-1] if own else frames[-1]
     return f"{Path(last.filename).name}:{last.lineno}"
 
 

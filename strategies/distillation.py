@@ -130,17 +130,15 @@ def distil(job: Job) -> Distilled:
     """
     import torch
 
-    from fedkit.models.build import build_model
+    from fedkit.models.build import restored
     from fedkit.models.losses import kl_divergence
     from fedkit.models.measure import predict
     from fedkit.models.training import endless, make_optimiser, take_steps
     from fedkit.seeds import derive, torch_generator
 
     hyper, purpose = job.hyper, f"distil/{job.spec}"
-    student = build_model(job.spec, job.samples.shape, job.outputs, job.seed)
-    student.load_state_dict(
-        {name: torch.from_numpy(np.array(a)) for name, a in job.weights.items()}
-    )
+    weights = {name: torch.from_numpy(np.array(a)) for name, a in job.weights.items()}
+    student = restored(job.spec, job.samples.shape, job.outputs, weights)
     order = torch.randperm(
         len(job.samples), generator=torch_generator(job.seed, purpose, round=job.server_round)
     )

@@ -100,11 +100,11 @@ def answers(facts: Facts, spec: str, weights: Arrays, indices: Indices) -> Logit
     """A network's class scores on a public subset (float32, M x C), in evaluation mode."""
     import torch
 
-    from fedkit.models.build import build_model
+    from fedkit.models.build import restored
     from fedkit.models.measure import predict
 
-    model = build_model(spec, facts.public.shape, facts.outputs, facts.settings.seed)
-    model.load_state_dict({name: torch.from_numpy(np.array(a)) for name, a in weights.items()})
+    tensors = {name: torch.from_numpy(np.array(a)) for name, a in weights.items()}
+    model = restored(spec, facts.public.shape, facts.outputs, tensors)
     logits: Logits = predict(model, facts.public.take(torch.from_numpy(indices))).numpy()
     return logits
 

@@ -19,7 +19,7 @@ from fedkit.durable import make_folder
 from fedkit.engine.plan import Plan
 from fedkit.engine.roster import NothingToSend
 from fedkit.engine.strategy import Facts, ServerModels
-from fedkit.models.build import build_model
+from fedkit.models.build import restored
 from fedkit.models.files import about_of, save_model
 from fedkit.models.measure import measure
 from fedkit.registry import split
@@ -150,8 +150,8 @@ class ServerView:
         if not len(test):  # every client brings its own data
             return None
         for label, (spec, arrays) in models.items():
-            model = build_model(spec, self.data.shape, self.data.outputs, self._settings.seed)
-            model.load_state_dict(arrays.to_torch_state_dict())
+            weights = arrays.to_torch_state_dict()
+            model = restored(spec, self.data.shape, self.data.outputs, weights)
             prefix = f"{label}_model/global_test"
             metrics[f"{prefix}/accuracy"], metrics[f"{prefix}/loss"] = measure(model, test)
             metrics[f"{prefix}/n"] = len(test)

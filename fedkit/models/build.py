@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TypeAlias
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fedkit.data.samples import Shape
 from fedkit.errors import FedkitError, UsageError, where_raised
+from fedkit.models.pretrained import from_scratch
 from fedkit.registry import code_of, find
 from fedkit.seeds import derive
 
@@ -38,6 +39,20 @@ def build_model(spec: str, shape: Shape, classes: int, seed: int, client: int = 
         if code_of("models", spec) is not None:
             return _own(spec, factory, shape, classes, argument)
         model: nn.Module = factory(shape, classes, argument)
+    return model
+
+
+def restored(spec: str, shape: Shape, classes: int, weights: Mapping[str, Tensor]) -> nn.Module:
+    """The network ``spec`` names with these weights (a state dict).
+
+    Pre-trained weights that it would start from are not looked for.
+
+    Raises:
+        UsageError, FedkitError: as ``build_model``.
+        RuntimeError: they are another network's.
+    """
+    model = build_model(from_scratch(spec), shape, classes, seed=0)
+    model.load_state_dict(weights)
     return model
 
 

@@ -190,13 +190,13 @@ def network(saved: SavedModel) -> nn.Module:
     """
     import torch
 
-    from fedkit.models.build import build_model
+    from fedkit.models.build import restored
 
     about, source = of_known_network(saved), saved.source
     try:
         _check_fit(about, saved.arrays)
-        model = build_model(about.architecture, about.shape, about.outputs, seed=0)
-        model.load_state_dict({n: torch.from_numpy(np.array(a)) for n, a in saved.arrays.items()})
+        weights = {n: torch.from_numpy(np.array(a)) for n, a in saved.arrays.items()}
+        model = restored(about.architecture, about.shape, about.outputs, weights)
     except UsageError as error:
         raise FedkitError(f"The model in {source} can't be built here: {error}") from error
     except (RuntimeError, ValueError, TypeError) as error:
@@ -226,7 +226,9 @@ def _check_fit(about: About, arrays: Arrays) -> None:
         # Without memory for the weights: a file must not make us ask for more than it has itself.
         with torch.device("meta"):
             model = build_model(about.architecture, about.shape, about.outputs, seed=0)
-    except RuntimeError:
+    except (RuntimeError, FedkitError) as error:
+        if isinstance(error, UsageError):
+            raise
         return  # a plug-in that can't be built in this way; or at all, as building it will tell
     plan = model.state_dict()
     for name in sorted(plan.keys() ^ arrays.keys()):

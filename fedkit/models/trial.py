@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import copy
-import traceback
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fedkit.errors import FedkitError
+from fedkit.errors import FedkitError, where_raised
 
 
 def try_one_batch(model: nn.Module, samples_inputs: Tensor, outputs: int, name: str) -> None:
@@ -54,7 +52,7 @@ def try_one_batch(model: nn.Module, samples_inputs: Tensor, outputs: int, name: 
             torch.autograd.backward(functional.cross_entropy(logits, targets))
         except Exception as error:  # from a backward pass of somebody's own
             raise FedkitError(
-                f"The model {name} fails on the way back ({_what(error)}), at {_where(error)}."
+                f"The model {name} fails on the way back ({_what(error)}), at {where_raised(error)}."
             ) from error
     for path, parameter in tried.named_parameters():
         if parameter.grad is not None and not parameter.grad.isfinite().all():
@@ -70,7 +68,7 @@ def _logits(name: str, mode: str, model: nn.Module, inputs: Tensor) -> Tensor:
         shape = "x".join(str(size) for size in inputs.shape)
         raise FedkitError(
             f"The model {name} fails in {mode} on two samples ({shape}, {_type(inputs)}) with "
-            f"{_what(error)}, at {_where(error)}."
+            f"{_what(error)}, at {where_raised(error)}."
         ) from error
     return logits
 
@@ -98,16 +96,3 @@ def _type(tensor: Tensor) -> str:
 def _what(error: Exception) -> str:
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
-
-
-def _where(error: Exception) -> str:
-    # The line that called torch says more than the line inside torch where it ended.
-    frames = traceback.extract_tb(error.__traceback__)
-    library = Path(torch.__file__).parent
-    own = [
-        frame
-        for frame in frames
-        if library not in Path(frame.filename).parents and frame.filename != __file__
-    ]
-    last = own[-1] if own else frames[-1]
-    return f"{last.filename}:{last.lineno}"

@@ -94,8 +94,8 @@ def _data(
 
 
 def _test_set(saved: SavedModel, about: About, data: DataSet) -> Samples:
-    first = _first_class(about, data)
-    if data.test.shape != about.shape or first is None:
+    columns = _columns(about, data)
+    if data.test.shape != about.shape or columns is None:
         raise FedkitError(
             f"The model in {saved.source} reads {described(about.shape)} and tells "
             f"{len(about.classes)} classes apart; {data.name} has {described(data.test.shape)} and "
@@ -104,15 +104,16 @@ def _test_set(saved: SavedModel, about: About, data: DataSet) -> Samples:
     if not len(data.test):
         raise FedkitError(f"{data.name} has no test set to measure on.")
     test = data.test.all()
-    return _as_learned(about, replace(test, labels=test.labels + first))
+    return _as_learned(about, replace(test, labels=columns[test.labels]))
 
 
-def _first_class(about: About, data: DataSet) -> int | None:
-    """Which output of the network stands for the data set's first class."""
-    before = len(about.classes) - len(data.classes)
-    if before > 0 and about.classes[before:] != data.classes:
-        return None  # only private classes, which come after the public set's, are known by name
-    return before if before >= 0 else None
+def _columns(about: About, data: DataSet) -> torch.Tensor | None:
+    """Which output of the network stands for each class of the data set: by name, else by number."""
+    # Of a name that a labelled public set has too the later one is the private class's.
+    known = {name: at for at, name in enumerate(about.classes)}
+    if data.classes and all(name in known for name in data.classes):
+        return torch.tensor([known[name] for name in data.classes])
+    return torch.arange(about.outputs) if len(data.classes) == len(about.classes) else None
 
 
 def _as_learned(about: About, samples: Samples) -> Samples:

@@ -84,7 +84,7 @@ def bits(numbers, width):
 
 
 def test_these_are_all_codecs():
-    assert names("codecs") == ["cfd", "float16", "float32", "int8", "topk"]
+    assert names("codecs") == ("cfd", "float16", "float32", "int8", "topk")
 
 
 # What comes back.

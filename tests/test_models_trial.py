@@ -71,7 +71,7 @@ def test_an_exception_is_told_with_its_line_in_the_users_code():
     line = Broken.forward.__code__.co_firstlineno + 1
     sentence = refused(Broken())
     assert "RuntimeError: " in sentence and "evaluation" in sentence
-    assert sentence.endswith(f"{__file__}:{line}.")
+    assert sentence.endswith(f"test_models_trial.py:{line}.")
 
 
 def test_an_exception_in_training_alone_is_told():

@@ -27,7 +27,7 @@ def _nothing_allowed(monkeypatch):
 def pictures(folder: Path, names=NAMES, count=16, size=8, seed=0):
     """A folder of pictures, a class a folder, that a network can tell apart."""
     draw = np.random.default_rng(seed)
-    for at, name in enumerate(names):
+    for name in names:
         (folder / name).mkdir(parents=True, exist_ok=True)
         level = 40 + 80 * NAMES.index(name) if name in NAMES else 200
         for number in range(count):

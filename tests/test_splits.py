@@ -9,8 +9,8 @@ import torch
 
 from fedkit.data import splits
 from fedkit.data.datasets import open_dataset
-from fedkit.data.samples import DataSet, Pool, Samples, pool_of
 from fedkit.data.public import PublicSet
+from fedkit.data.samples import DataSet, Pool, Samples, pool_of
 from fedkit.data.splits import cut
 from fedkit.errors import UsageError
 from fedkit.settings import DataSettings, FederationSettings

@@ -40,8 +40,8 @@ def augmentation(spec: str, shape: Shape) -> Augment | None:
 
 def flip(inputs: Tensor) -> Tensor:
     """Each image as it is or mirrored left to right, with equal chances."""
-    mirrored = (torch.rand(len(inputs)) < 0.5).to(inputs.device)
-    return torch.where(mirrored[:, None, None, None], inputs.flip(-1), inputs)
+    mirrored = (torch.rand(len(inputs)) < 0.5).nonzero().flatten().to(inputs.device)
+    return inputs.index_copy(0, mirrored, inputs[mirrored].flip(-1))
 
 
 def crop(inputs: Tensor, padding: int) -> Tensor:
@@ -49,11 +49,9 @@ def crop(inputs: Tensor, padding: int) -> Tensor:
     count, _, height, width = inputs.shape
     # Drawn on the CPU, used on the device.
     top, left = torch.randint(2 * padding + 1, (2, count)).to(inputs.device)
-    rows = top[:, None] + torch.arange(height, device=inputs.device)
-    columns = left[:, None] + torch.arange(width, device=inputs.device)
-    padded = F.pad(inputs, (padding,) * 4).permute(0, 2, 3, 1)
-    each = torch.arange(count, device=inputs.device)[:, None, None]
-    return padded[each, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
+    # Every window there is, as views; only those that were drawn are copied.
+    windows = F.pad(inputs, (padding,) * 4).unfold(2, height, 1).unfold(3, width, 1)
+    return windows[torch.arange(count, device=inputs.device), :, top, left]
 
 
 def rotate(inputs: Tensor, degrees: float) -> Tensor:

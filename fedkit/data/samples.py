@@ -61,11 +61,12 @@ class Samples:
 
     def inputs(self, where: Tensor | slice) -> Tensor:
         """What a network reads: normalised float32, or int64 tokens."""
-        chosen = self.data[where]
+        # Several times as fast as advanced indexing, and with one pass over memory less.
+        chosen = self.data[where] if isinstance(where, slice) else self.data.index_select(0, where)
         if not len(self.mean):
             return chosen.long()
         over = (1, -1) + (1,) * (chosen.dim() - 2)
-        return (chosen.float() - self.mean.view(over)) / self.std.view(over)
+        return (chosen.float() - self.mean.view(over)).div_(self.std.view(over))
 
     def training_inputs(self, where: Tensor | slice) -> Tensor:
         """What a network reads while it trains: ``inputs``, augmented where that is wanted."""

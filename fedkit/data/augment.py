@@ -39,9 +39,9 @@ def augmentation(spec: str, shape: Shape) -> Augment | None:
 
 
 def flip(inputs: Tensor) -> Tensor:
-    """Each image as it is or mirrored left to right, with equal chances."""
+    """Each image as it is or mirrored left to right, with equal chances; in place."""
     mirrored = (torch.rand(len(inputs)) < 0.5).nonzero().flatten().to(inputs.device)
-    return inputs.index_copy(0, mirrored, inputs[mirrored].flip(-1))
+    return inputs.index_copy_(0, mirrored, inputs[mirrored].flip(-1))
 
 
 def crop(inputs: Tensor, padding: int) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 # Channels, height and width of an image; the number of features; the length of a sequence.
 Shape: TypeAlias = tuple[int, ...]
-# Inputs -> inputs of the same shape, changed at random by torch's global CPU generator.
+# Inputs -> inputs of the same shape, changed at random by torch's global CPU generator, maybe in place.
 Augment: TypeAlias = Callable[[Tensor], Tensor]
 
 

@@ -18,6 +18,7 @@ from fedkit.data.splits import ClientData, FederatedData
 from fedkit.models.budget import check_budget
 from fedkit.models.build import build_model, restored
 from fedkit.models.device import pick_device, repeatable
+from fedkit.models.measure import batch_on
 from fedkit.models.trial import try_one_batch
 from fedkit.seeds import torch_generator
 from fedkit.settings import DataSettings, FederationSettings, build
@@ -142,12 +143,15 @@ def _keep_to_budget(edge: Edge, context: Context, models: int) -> None:
     if not budget:
         return
     # Running a network without numbers loads half of torch: only who asks for it pays.
-    from fedkit.models.cost import cost, training_memory
+    from fedkit.models.cost import cost, prediction_memory, training_memory
 
     batch = memory.recall_batch_size(context)
     one = _two(edge)
     network = edge.model_name, edge.data.shape, edge.outputs
-    needed = training_memory(*network, batch, one.dtype)
+    needed = max(
+        training_memory(*network, batch, one.dtype),
+        prediction_memory(*network, batch_on(edge.device), one.dtype),
+    )
     held = (edge.private.train, edge.private.val, edge.private.test, edge.public, edge.global_test)
     data = sum(part.data.numel() * part.data.element_size() for part in held)
     # The reference's weights lie beside; one of the two trains at a time.

@@ -16,7 +16,7 @@ from fedkit.data.samples import Form
 from fedkit.data.splits import FederatedData, cut, own_data, public_set
 from fedkit.errors import FedkitError
 from fedkit.registry import split
-from fedkit.settings import DataSettings, FederationSettings
+from fedkit.settings import DataSettings, FederationSettings, build
 
 
 class PublicMissing(FedkitError):
@@ -38,6 +38,10 @@ def take_offer(message: Message, context: Context) -> None:
     sent = message.content.array_records.get("public")
     if isinstance(sent, ArrayRecord):
         arrays = {name: array.numpy() for name, array in sent.items()}
+        settings = build(FederationSettings, context.run_config)
+        name, labels = public_parts(settings)[0], settings.public_labels
+        # Nothing is written that is not what it should be.
+        public_sets.received(name, arrays, agreement, labels=labels)
         public_sets.keep(arrays, _cache(context), agreement)
 
 

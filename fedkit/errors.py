@@ -30,6 +30,15 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
+def out_of_memory(error: BaseException) -> FedkitError:
+    """The sentence for an error that ``is_out_of_memory``."""
+    said = str(error).splitlines()
+    what = f" ({said[0]})" if said else ""
+    return FedkitError(
+        f"Memory ran out{what}: take a smaller model, batch-size or public set, or another --device."
+    )
+
+
 def where_raised(error: BaseException) -> str:
     """File and line of the user's own code that an error came through last; else where it was raised.
 

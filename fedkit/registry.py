@@ -50,8 +50,9 @@ def split(spec: str) -> tuple[str, str | None]:
 def allow(*specs: str) -> None:
     """Take note that this process's own command line named ``specs``: code to import, files to read."""
     for spec in specs:
-        path = _PATH.match(spec)
-        _allowed.update({spec, path.group()} if path else {spec})
+        codes = {code_of(kind, spec) for kind in OWN_CODE}
+        # Of a path no part: folder:pictures/cats allows nobody to read folder:pictures.
+        _allowed.update({spec} | {code for code in codes if code is not None})
 
 
 def is_allowed(spec: str) -> bool:
@@ -61,7 +62,8 @@ def is_allowed(spec: str) -> bool:
 
 def code_of(kind: str, spec: str) -> str | None:
     """``package.module:attribute``, if that is what ``spec`` names (an argument may follow)."""
-    path = _PATH.match(spec) if kind in OWN_CODE and split(spec)[0] not in names(kind) else None
+    taken = any(split(spec)[0] in names(other) for other in OWN_CODE)
+    path = _PATH.match(spec) if kind in OWN_CODE and not taken else None
     return path.group() if path and spec[path.end() : path.end() + 1] in ("", ":") else None
 
 

@@ -12,8 +12,10 @@ from rich.markup import escape
 from rich.status import Status
 from rich.table import Table
 
+from fedkit.data.names import OWN
 from fedkit.engine.events import Event
 from fedkit.engine.history import History
+from fedkit.registry import split
 from fedkit.settings import FederationSettings
 
 
@@ -92,9 +94,11 @@ def print_result(summary: dict[str, Any], path: Path, *, as_json: bool = False) 
         return
     console = wide_console()
     console.print(client_table(summary))
+    # Where every client brings its own nothing was dealt.
+    dealt = "" if split(summary["dataset"])[0] == OWN else f", {summary['partition']}"
     console.print(
-        f"{summary['strategy']} (preset {summary['preset']}) on {summary['dataset']}, "
-        f"{summary['partition']}, public set {summary['public']}, seed {summary['seed']}: "
+        f"{summary['strategy']} (preset {summary['preset']}) on {summary['dataset']}{dealt}, "
+        f"public set {summary['public']}, seed {summary['seed']}: "
         f"{summary['rounds']} rounds in {summary['seconds']:.1f} s",
         soft_wrap=True,
     )

@@ -9,9 +9,12 @@ import pytest
 import torch
 
 from fedkit import registry
-from fedkit.engine.plan import make_plan
-from fedkit.errors import FedkitError, UsageError
+from fedkit.data.splits import cut
+from fedkit.engine.membership import _explain
+from fedkit.engine.plan import client_models, make_plan, named_here
+from fedkit.errors import FedkitError, UsageError, is_out_of_memory
 from fedkit.models.build import build_model
+from fedkit.models.pretrained import from_scratch
 from fedkit.settings import DataSettings, build
 
 SHAPE = (1, 8, 8)
@@ -97,6 +100,52 @@ def test_a_registered_name_is_never_code(code):
     code("lenet", "def batch(shape, classes):\n    raise AssertionError\n")
     registry.allow("lenet:batch")
     build_model("lenet:batch", SHAPE, 10, seed=1)
+
+
+def test_a_path_that_is_allowed_allows_no_folder_around_it():
+    registry._allowed.clear()
+    registry.allow("folder:pictures/cats,size=32", "csv:a-b.csv")
+    assert not registry.is_allowed("folder:pictures") and not registry.is_allowed("csv:a")
+
+
+def test_commas_within_an_arguments_belong_to_it(code):
+    code("own_i", LINEAR)
+    many = "lenet, mlp:200,200,heterofl-cnn:0.5,group,own_i:make:1,2,preresnet18:0.5,depth=2,cnn"
+    plan = make_plan({"models": many, "clients": 6}, local=True)
+    assert client_models(plan) == [
+        *("lenet", "mlp:200,200", "heterofl-cnn:0.5,group"),
+        *("own_i:make:1,2", "preresnet18:0.5,depth=2", "cnn"),
+    ]
+
+
+def test_what_an_own_functions_argument_means_is_its_own_business(code):
+    code("own_j", LINEAR)
+    registry.allow("own_j:make")
+    assert from_scratch("own_j:make:a,pretrained,,b") == "own_j:make:a,pretrained,,b"
+    assert from_scratch("resnet18:pretrained") == "resnet18"
+    assert from_scratch("shufflenet:0.5,pretrained") == "shufflenet:0.5"
+    assert from_scratch("mlp:200,200") == "mlp:200,200"
+
+
+def test_an_own_partition_may_be_wrapped(code):
+    text = """
+        import numpy as np
+        def halves(samples, shards, argument, generator):
+            return np.array_split(np.arange(len(samples)), shards)
+    """
+    code("own_k", text)
+    plan = make_plan({"partition": "share:0.1+own_k:halves", "clients": 3}, local=True)
+    assert "own_k:halves" in named_here(plan).split(";")
+    data = cut(plan.federation, plan.data)
+    assert [len(part) for part in data.dealt.parts] == [300] * 3
+    assert all(len(shared) == 100 for shared in data.dealt.shared)
+
+
+def test_memory_that_runs_out_ends_in_a_sentence():
+    for error in (MemoryError(), RuntimeError("[enforce] can't allocate memory: 9 bytes\nmore")):
+        assert is_out_of_memory(error)
+        assert str(_explain(error)).startswith("Memory ran out")
+    assert not is_out_of_memory(RuntimeError("another"))
 
 
 def test_strategies_and_codecs_are_no_users_code(code):

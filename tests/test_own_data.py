@@ -163,6 +163,43 @@ def test_own_data_beside_shards_of_a_common_set(tmp_path):
     assert by_client[0]["global_accuracy"] is not None
 
 
+def test_a_labelled_public_set_of_the_same_names_shares_the_columns(tmp_path, local):
+    """Whatever the order in which its folders are sorted."""
+    public = pictures(tmp_path / "public", ("cow", "ant"), count=20, seed=99)
+    run = InProcessFederation(
+        dataset=f"own:{','.join(NAMES)}",
+        public=public,
+        public_labels=True,
+        clients=1,
+        models="lenet",
+        strategy="fedmd",
+        rounds=1,
+        min_clients=1,
+    )
+    own = pictures(tmp_path / "a", seed=1)
+    registry.allow(own)
+    run.context(0).node_config["own-dataset"] = own
+    run.context(0).node_config["public-sets"] = str(tmp_path / "sets")
+    for known in (True, False):
+        if not known:
+            registry._allowed -= {public}
+        run.driver.roster.members.clear()
+        context = run.context(0)
+        context.__dict__.pop("_fedkit_edge", None)
+        run.driver.roster.admit()
+        edge = edge_of(context)
+        assert edge.data.classes == NAMES and edge.data.public_digest == run.view.data.public_digest
+        level = edge.public.data.double().mean(dim=(1, 2, 3))
+        assert ((level - (40 + 80 * edge.public.labels)).abs() < 20).all()
+        assert set(edge.public.labels.tolist()) == {0, 2}
+
+
+def test_a_device_with_hardly_any_data_is_told(tmp_path, local):
+    run = federation(tmp_path, [pictures(tmp_path / "a", ("ant",), count=3)], strategy="ktpfl")
+    with pytest.raises(FedkitError, match="2 training samples: a device needs 4"):
+        run.driver.roster.admit()
+
+
 def test_a_local_run_deals_one_data_set():
     with pytest.raises(UsageError, match="start `fedkit server`"):
         make_plan({"dataset": "own:a,b", "public": "digits:100", "clients": 2}, local=True)

@@ -11,7 +11,7 @@ import typer
 
 from fedkit import __version__
 from fedkit.cli import logs, terminal
-from fedkit.errors import FedkitError
+from fedkit.errors import FedkitError, is_out_of_memory, out_of_memory
 
 app = typer.Typer(
     name="fedkit",
@@ -143,6 +143,8 @@ def _other(error: Exception) -> int:
         # Typer and Click may each add the same suggestion.
         text = error.message if "Did you mean" in error.message else error.format_message()
         _fail(text if text.endswith((".", "?")) else f"{text}.", error.exit_code, error)
+    if is_out_of_memory(error):
+        _fail(str(out_of_memory(error)), 1, error)
     _fail(
         f"fedkit's own code failed with {type(error).__name__}: {error}; --debug shows where.",
         1,

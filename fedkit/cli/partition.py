@@ -60,7 +60,8 @@ def partition(
 ) -> None:
     """Show who would hold what in a run with these settings, and how skewed that is."""
     from fedkit.data.drawing import check_picture
-    from fedkit.registry import allow, check
+    from fedkit.data.names import check_names, partition_specs, public_parts
+    from fedkit.registry import allow
     from fedkit.settings import build
 
     as_json = wants_json(format)
@@ -69,9 +70,10 @@ def partition(
     values = layered(config, None, settings)
     sources = build(DataSettings, values)
     federation = build(FederationSettings, values)
-    allow(federation.dataset, federation.partition)
-    check("datasets", federation.dataset)
-    check("partitions", federation.partition)
+    allow(federation.dataset, *partition_specs(federation))
+    if federation.public != "auto":
+        allow(public_parts(federation)[0])
+    check_names(federation)
     from fedkit.data.splits import cut
 
     data = cut(federation, sources)

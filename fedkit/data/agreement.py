@@ -8,6 +8,7 @@ numbers its own labels by name.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -16,6 +17,9 @@ import torch
 
 from fedkit.data.samples import DataSet, Pool, Shape
 from fedkit.errors import FedkitError
+
+# Numbers in one: what comes over the network shall not make a device ask for more.
+LARGEST_SAMPLE = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -69,8 +73,19 @@ def read_agreement(text: str) -> Agreement:
         )
     except (LookupError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"what the federation has agreed on can't be read: {error}") from error
-    if not agreement.classes or not 0 <= agreement.first_private < len(agreement.classes):
+    private = agreement.private_classes
+    if not 0 <= agreement.first_private < len(agreement.classes) or len(set(private)) < len(
+        private
+    ):
         raise ValueError("the federation's classes can't be read")
+    shape, scale = agreement.shape, {len(agreement.mean), len(agreement.std)}
+    if len(shape) not in (1, 3) or min(shape) < 1 or math.prod(shape) > LARGEST_SAMPLE:
+        raise ValueError(f"samples of the federation have the shape {shape}")
+    numbers = all(math.isfinite(number) for number in (*agreement.mean, *agreement.std))
+    if not (scale == {shape[0]} or (len(shape) == 1 and scale == {0})) or not numbers:
+        raise ValueError("how the federation normalises samples can't be read")
+    if any(deviation <= 0 for deviation in agreement.std):
+        raise ValueError("the federation normalises by a deviation that is not positive")
     return agreement
 
 
@@ -81,7 +96,9 @@ def fitted(dataset: DataSet, agreement: Agreement) -> DataSet:
         FedkitError: samples of another shape, other columns, or a class that the federation does not
             know; the sentence names what differs.
     """
-    if dataset.train.shape != agreement.shape:
+    # Sequences of tokens are normalised by nothing, rows of numbers are.
+    alike = bool(len(dataset.train.mean)) == bool(agreement.mean)
+    if dataset.train.shape != agreement.shape or not alike:
         raise FedkitError(
             f"The samples of {dataset.name} are {described(dataset.train.shape)}, this federation's "
             f"{described(agreement.shape)}: one network can't read both."

@@ -150,16 +150,19 @@ class _Scan:
 
     def pictures(self, place: Path, *, deep: bool) -> list[Path]:
         """The pictures in a folder, and in the folders in it."""
-        found = []
-        for entry in self.entries(place):
-            if entry.is_dir():
-                if deep and not entry.is_symlink():  # which might lead round in a circle
-                    found += self.pictures(Path(entry.path), deep=True)
-            elif entry.is_file() and Path(entry.name).suffix.lower() in SUFFIXES:
-                found.append(Path(entry.path))
-            else:
-                self.passed += 1
-        return found
+        found, places = list[Path](), [place]
+        while places:
+            within = []
+            for entry in self.entries(places.pop()):
+                if entry.is_dir():
+                    if deep and not entry.is_symlink():  # which might lead round in a circle
+                        within.append(Path(entry.path))
+                elif entry.is_file() and Path(entry.name).suffix.lower() in SUFFIXES:
+                    found.append(Path(entry.path))
+                else:
+                    self.passed += 1
+            places += reversed(within)
+        return sorted(found)
 
 
 def _listed(home: Path) -> tuple[list[Picture], list[Picture], tuple[str, ...], tuple[str, ...]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from fedkit.errors import UsageError
-from fedkit.registry import check, code_of, load, split
+from fedkit.registry import check, code_of, load, split, suggest
 from fedkit.settings import FederationSettings
 
 DEFAULT_PUBLIC = {"digits": 400, "synthetic": 1000}
@@ -14,6 +14,7 @@ DEFAULT_PUBLIC_OTHERS = 5000
 OWN = "own"
 # One file each, and nothing to choose.
 WITHOUT_ARGUMENT = ("digits", "mnist", "fashion-mnist", "cifar10")
+AUGMENTATIONS = ("none", "flip", "crop", "rotate")
 # Data sets of which only their owner knows how large they are.
 OF_FILES = ("folder", "csv")
 
@@ -53,6 +54,13 @@ def public_parts(settings: FederationSettings) -> tuple[str, int | None]:
     return settings.public, None
 
 
+def partition_specs(settings: FederationSettings) -> list[str]:
+    """The partition, and the one that it wraps (``share:BETA+PARTITION``)."""
+    outer, plus, inner = settings.partition.partition("+")
+    wraps = plus and split(outer)[0] == "share"
+    return [settings.partition, inner] if wraps else [settings.partition]
+
+
 def check_dataset(spec: str) -> None:
     """Raise ``UsageError`` unless ``spec`` names a data set, with no argument where it takes none."""
     check("datasets", spec)
@@ -71,7 +79,12 @@ def check_names(settings: FederationSettings) -> None:
     check("models", settings.model)
     check("selectors", settings.select)
     check_dataset(settings.dataset)
-    check("partitions", settings.partition)
+    for spec in partition_specs(settings):
+        check("partitions", spec)
+    for step in settings.augment.split(","):
+        name, _ = split(step)
+        if name not in AUGMENTATIONS:
+            raise UsageError(f"There is no augmentation {name!r}{suggest(name, AUGMENTATIONS)}.")
     try:
         check_dataset(public_parts(resolve_public(settings))[0])
     except UsageError as error:

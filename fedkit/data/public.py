@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +23,8 @@ from fedkit.durable import make_folder, write_whole
 from fedkit.errors import FedkitError
 
 Arrays = Mapping[str, NDArray[np.generic]]
+# For a device that stays and goes from federation to federation.
+MOST_KEPT = 8
 _NAMES = {"data", "labels", "indices", "mean", "std"}
 
 
@@ -71,6 +73,18 @@ class PublicSet:
         }
 
 
+def renumbered(public: PublicSet, classes: tuple[str, ...]) -> PublicSet:
+    """The same set, its labels counting ``classes``, which have all its names (or it has no labels)."""
+    if not public.classes or public.classes == classes:
+        return public
+    at = {name: number for number, name in enumerate(classes)}
+    if not set(public.classes) <= set(at):
+        return public  # it is unlabelled to this federation
+    columns = torch.tensor([at[name] for name in public.classes])
+    samples = replace(public.samples, labels=columns[public.samples.labels])
+    return replace(public, samples=samples, classes=classes)
+
+
 def received(name: str, arrays: Arrays, agreement: Agreement, *, labels: bool) -> PublicSet:
     """The public set in ``arrays``, held against what the federation has agreed on.
 
@@ -103,7 +117,7 @@ def received(name: str, arrays: Arrays, agreement: Agreement, *, labels: bool) -
         name,
         tensors["indices"].numpy(),
         samples,
-        agreement.classes[: agreement.first_private] if labels else (),
+        (agreement.classes[: agreement.first_private] or agreement.classes) if labels else (),
         agreement.columns,
     )
     if public.digest(labels=labels) != agreement.public_digest:
@@ -112,8 +126,12 @@ def received(name: str, arrays: Arrays, agreement: Agreement, *, labels: bool) -
 
 
 def keep(arrays: Arrays, folder: Path, agreement: Agreement) -> None:
-    """Keep a public set for later; ``FedkitError`` if it can't be written."""
+    """Keep a public set for later, and the newest others; ``FedkitError`` if it can't be written."""
     make_folder(folder)
+    for old in sorted(folder.glob("*.safetensors"), key=lambda file: file.stat().st_mtime_ns)[
+        : -(MOST_KEPT - 1)
+    ]:
+        old.unlink(missing_ok=True)
     whole = {name: np.asarray(array, order="C") for name, array in arrays.items()}
     write_whole(_file(folder, agreement), [safetensors.numpy.save(whole)])
 

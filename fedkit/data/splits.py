@@ -19,14 +19,16 @@ from fedkit.data.augment import augmentation
 from fedkit.data.datasets import open_dataset
 from fedkit.data.names import OWN, public_parts, resolve_public
 from fedkit.data.partitions import Dealt, Labelled
-from fedkit.data.public import PublicSet
+from fedkit.data.public import PublicSet, renumbered
 from fedkit.data.samples import DataSet, Form, Pool, Samples
-from fedkit.errors import UsageError
+from fedkit.errors import FedkitError, UsageError
 from fedkit.registry import split
 from fedkit.seeds import numpy_generator
 from fedkit.settings import DataSettings, FederationSettings
 
 OWN_TEST_SHARE = 0.25
+# Of a device's own training samples; with less there is no batch to speak of.
+FEWEST = 4
 
 
 @dataclass(frozen=True)
@@ -163,8 +165,9 @@ def cut(
         public = public_set(settings, open_dataset(name, sources, form))
     _check_public(settings, public, dataset)
     dealt = _deal(settings, dataset, private)
-    dataset, classes = _numbered(settings, dataset, public)
-    return FederatedData(settings, dataset, classes, public, dealt)
+    if settings.public_labels and name != settings.dataset:
+        return FederatedData(settings, *_numbered(dataset, public), dealt)
+    return FederatedData(settings, dataset, dataset.classes, public, dealt)
 
 
 def public_set(settings: FederationSettings, lent: DataSet) -> PublicSet:
@@ -194,11 +197,16 @@ def own_data(
     Raises:
         FedkitError: it does not fit what the federation has agreed on.
     """
+    if len(dataset.train) < FEWEST:
+        raise FedkitError(
+            f"{dataset.name} has {len(dataset.train)} training samples: a device needs {FEWEST} of its "
+            "own to take part."
+        )
     return FederatedData(
         settings=resolve_public(settings),
         dataset=fitted(dataset, agreement),
         classes=agreement.classes,
-        public_set=public,
+        public_set=public if agreement.first_private else renumbered(public, agreement.classes),
         dealt=Dealt([], [], 0),
         own=True,
     )
@@ -206,7 +214,9 @@ def own_data(
 
 def _check_public(settings: FederationSettings, public: PublicSet, dataset: DataSet) -> None:
     shape = public.samples.shape
-    if shape != dataset.train.shape or public.columns != dataset.columns:
+    # Sequences of tokens are normalised by nothing, rows of numbers are.
+    alike = bool(len(public.samples.mean)) == bool(len(dataset.train.mean))
+    if shape != dataset.train.shape or public.columns != dataset.columns or not alike:
         raise UsageError(
             f"The public set {public.name} has {described(shape)}, {dataset.name} "
             f"{described(dataset.train.shape)}: one network can't read both."
@@ -234,19 +244,21 @@ def _deal(settings: FederationSettings, dataset: DataSet, private: NDArray[np.in
     )
 
 
-def _numbered(
-    settings: FederationSettings, dataset: DataSet, public: PublicSet
-) -> tuple[DataSet, tuple[str, ...]]:
-    """The data set with labels that count the networks' outputs, and the names of these."""
-    if not settings.public_labels or public.name == settings.dataset:
-        return dataset, dataset.classes
+def _numbered(dataset: DataSet, public: PublicSet) -> tuple[DataSet, tuple[str, ...], PublicSet]:
+    """Both with labels that count the networks' outputs, and the names of these.
+
+    The public classes come first, then the private ones, as in FedMD; where the private ones have all
+    their names, the public classes are these.
+    """
+    if set(public.classes) <= set(dataset.classes):
+        return dataset, dataset.classes, renumbered(public, dataset.classes)
     first = len(public.classes)
 
     def later(pool: Pool) -> Pool:
         return replace(pool, labels=pool.labels + first)
 
     numbered = replace(dataset, train=later(dataset.train), test=later(dataset.test))
-    return numbered, public.classes + dataset.classes
+    return numbered, public.classes + dataset.classes, public
 
 
 def _taken(pool: Pool, indices: NDArray[np.int64]) -> Samples:

@@ -139,6 +139,8 @@ def _read(file: Path, columns: Columns) -> Rows:
 def _rows(file: Path) -> Iterator[tuple[int, list[str]]]:
     """Line number and cells of the header and of every row."""
     reader, width = None, 0
+    if file.exists() and not file.is_file():
+        raise FedkitError(f"{file} is no file of text.")
     try:
         with file.open(encoding="utf-8-sig", newline="") as lines:
             reader = csv.reader(lines, skipinitialspace=True, strict=True)

@@ -11,6 +11,7 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from threadpoolctl import threadpool_limits
 
+from fedkit.data.augment import augmentation
 from fedkit.data.names import OWN
 from fedkit.data.samples import Samples
 from fedkit.data.skew import class_counts
@@ -51,6 +52,8 @@ class ServerView:
             as_config(plan.hyper), public_labels=plan.federation.public_labels
         )
         self.data = cut(plan.federation, plan.data)
+        # Told here, and not by every client that joins.
+        augmentation(plan.federation.augment, self.data.shape)
 
     def facts(self) -> Facts:
         """What the strategy may know."""
@@ -136,9 +139,14 @@ class ServerView:
                 f"It has no public set {self._settings.public}, and this server sends none "
                 "(--no-send-public): put the files under its data root."
             )
-        arrays = data.public_set.arrays(labels=self._settings.public_labels)
-        content["public"] = ArrayRecord({name: Array(one) for name, one in arrays.items()})
+        content["public"] = self._public_record
         return content
+
+    @cached_property
+    def _public_record(self) -> ArrayRecord:
+        # One for all who lack it.
+        arrays = self.data.public_set.arrays(labels=self._settings.public_labels)
+        return ArrayRecord({name: Array(one) for name, one in arrays.items()})
 
     @cached_property
     def _test(self) -> Samples:

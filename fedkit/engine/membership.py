@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedkit.engine.state import ROUNDS_KEPT, FederationState, StateDirectory
-from fedkit.errors import FedkitError, is_out_of_memory, where_raised
+from fedkit.errors import FedkitError, is_out_of_memory, out_of_memory, where_raised
 from fedkit.link.client import Answer
 from fedkit.registry import load
 from fedkit.settings import Value
@@ -145,10 +145,7 @@ def _explain(error: Exception) -> FedkitError:
         return error
     _log.debug("The client's own code failed.", exc_info=error)
     if is_out_of_memory(error):
-        return FedkitError(
-            f"Memory ran out ({str(error).splitlines()[0]}): take a smaller --model or batch-size, or "
-            "another --device."
-        )
+        return out_of_memory(error)
     fatal = FedkitError(
         f"The client's own code failed with {type(error).__name__}: {error} "
         f"({where_raised(error)}); --debug shows where."

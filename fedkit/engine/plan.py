@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
-from fedkit.data.names import OF_FILES, OWN, check_names, public_parts, resolve_public
+from fedkit.data.names import (
+    OF_FILES,
+    OWN,
+    check_names,
+    partition_specs,
+    public_parts,
+    resolve_public,
+)
 from fedkit.errors import UsageError
-from fedkit.registry import OWN_CODE, allow, code_of, load, split
+from fedkit.registry import OWN_CODE, allow, code_of, load, names, split
 from fedkit.security.settings import ServerSecurity, check_server, is_loopback
 from fedkit.settings import (
     DataSettings,
@@ -98,7 +104,7 @@ def make_plan(values: Mapping[str, Value], *, local: bool = False) -> Plan:
     federation = build(FederationSettings, {**implied, **values})
     sources = build(DataSettings, values)
     models = _model_names(run.models) if run is not None else []
-    allow(federation.dataset, federation.model, federation.partition, *models)
+    allow(federation.dataset, federation.model, *partition_specs(federation), *models)
     if federation.public != "auto":
         allow(public_parts(federation)[0])
     check_names(federation)
@@ -122,7 +128,7 @@ def named_here(plan: Plan) -> str:
     """What the command line named of code and files, for the processes that it starts (``allow``)."""
     federation = plan.federation
     models = client_models(plan) if plan.local is not None else []
-    data = [federation.dataset, public_parts(federation)[0], federation.partition]
+    data = [federation.dataset, public_parts(federation)[0], *partition_specs(federation)]
     own = [
         spec
         for spec in [*data, federation.model, *models]
@@ -136,17 +142,21 @@ def client_models(plan: Plan) -> list[str]:
     assert plan.local is not None
     if plan.strategy.one_model:
         return [plan.federation.model] * plan.local.clients
-    names = _model_names(plan.local.models)
-    return [names[at % len(names)] for at in range(plan.local.clients)]
+    models = _model_names(plan.local.models)
+    return [models[at % len(models)] for at in range(plan.local.clients)]
 
 
 def _model_names(text: str) -> list[str]:
-    # A comma may also stand within an argument, as in mlp:200,200 or preresnet18:0.5,depth=2.
-    pieces = re.split(r",(?=\s*(?:$|,|[A-Za-z_][\w.-]*\s*(?:[:,]|$)))", text)
-    names = [name.strip() for name in pieces if name.strip()]
-    if not names:
+    models: list[str] = []
+    for piece in filter(None, (piece.strip() for piece in text.split(","))):
+        # A comma may also stand within an argument, as in mlp:200,200 or heterofl-cnn:0.5,group.
+        if models and ":" in models[-1] and ":" not in piece and piece not in names("models"):
+            models[-1] += f",{piece}"
+        else:
+            models.append(piece)
+    if not models:
         raise UsageError("models names no model.")
-    return names
+    return models
 
 
 def _implied(strategy: type[FederatedStrategy], preset: str) -> dict[str, Value]:

@@ -15,6 +15,7 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
 from fedkit.engine.events import Event, Listener
+from fedkit.errors import plain
 
 
 @dataclass(frozen=True)
@@ -129,8 +130,12 @@ class Roster:
         if self._asked:
             for reply in self._grid.pull_messages(list(self._asked)):
                 asked = self._asked.pop(reply.metadata.reply_to_message_id)
-                if _lacks_public(reply) and not asked.with_public:
+                lacking = _lacking(reply)
+                if lacking is not None and not asked.with_public:
                     self._ask(asked.node_id, asked.process, with_public=True)
+                elif lacking is not None:
+                    sentence = f"It was sent the public set and still lacks it: {lacking}"
+                    self._refuse(asked.node_id, sentence)
                 elif self._take(asked.node_id, reply):
                     self._processes[asked.node_id] = asked.process
 
@@ -204,9 +209,10 @@ class Roster:
         )
 
 
-def _lacks_public(reply: Message) -> bool:
+def _lacking(reply: Message) -> str | None:
+    """Why a client has no public set, if that is what it says."""
     facts = reply.content.config_records.get("join") if reply.has_content() else None
-    return facts is not None and "lacks-public" in facts
+    return plain(str(facts["lacks-public"])) if facts and "lacks-public" in facts else None
 
 
 def read_member(node_id: int, content: RecordDict) -> Member:

@@ -107,6 +107,23 @@ def training_memory(
     return memory.peak + moments * kept
 
 
+def prediction_memory(
+    model: nn.Module | str,
+    shape: tuple[int, ...],
+    classes: int,
+    batch_size: int,
+    dtype: torch.dtype = torch.float32,
+) -> int:
+    """Bytes that predicting a batch takes at its peak, weights included; else as ``training_memory``."""
+    name = model if isinstance(model, str) else type(model).__name__
+    copied = _on_meta(model, shape, classes).eval()
+    memory = _Memory([*copied.parameters(), *copied.buffers()])
+    with torch.no_grad(), memory:
+        inputs = _inputs(batch_size, shape, dtype)
+        _run(name, lambda: copied(inputs))
+    return memory.peak
+
+
 class _Memory(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Follows what operations allocate and what is freed; ``peak`` is the most there was, in bytes."""
 

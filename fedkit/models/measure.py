@@ -13,11 +13,16 @@ from fedkit.data.samples import Samples
 CPU_BATCH, GPU_BATCH = 64, 1024
 
 
+def batch_on(device: torch.device) -> int:
+    """How many samples are predicted at once."""
+    return CPU_BATCH if device.type == "cpu" else GPU_BATCH
+
+
 @torch.inference_mode()
 def predict(model: nn.Module, samples: Samples) -> Tensor:
     """Logits (float32, n x C) in evaluation mode, on the samples' device."""
     model.eval()
-    size = CPU_BATCH if samples.data.device.type == "cpu" else GPU_BATCH
+    size = batch_on(samples.data.device)
     parts = (slice(at, at + size) for at in range(0, len(samples), size))
     return torch.cat([model(samples.inputs(part)) for part in parts])
 

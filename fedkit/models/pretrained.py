@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from fedkit.errors import FedkitError, UsageError
+from fedkit.registry import code_of
 
 PRETRAINED = "pretrained"
 
@@ -41,7 +42,11 @@ def words(name: str, argument: str | None, choices: Collection[str]) -> tuple[st
 
 def from_scratch(spec: str) -> str:
     """The same network without its pre-trained weights: for one whose weights come from elsewhere."""
+    if code_of("models", spec) is not None:
+        return spec  # what its argument means is the user's own business
     name, _, argument = spec.partition(":")
+    if PRETRAINED not in argument.split(","):
+        return spec
     kept = [word for word in argument.split(",") if word not in ("", PRETRAINED)]
     return f"{name}:{','.join(kept)}" if kept else name
 

@@ -28,11 +28,12 @@ def dirichlet(
     alpha = arguments.positive("dirichlet", text)
     least = arguments.least("dirichlet", given.get("min"), MIN_SHARD)
     check_least(samples, shards, least)
+    of_class = [np.flatnonzero(samples.labels == kind) for kind in np.unique(samples.labels)]
     best = 0
     for _ in range(DRAWS):
-        parts = _draw(samples.labels, shards, alpha, generator)
-        smallest = min(len(part) for part in parts)
+        orders, cuts, smallest = _draw(of_class, shards, alpha, generator)
         if smallest >= least:
+            parts = _dealt(orders, cuts)
             if "recut" in given:
                 parts = np.array_split(np.concatenate(parts), shards)
             return [np.sort(part) for part in parts]
@@ -93,17 +94,24 @@ def dirichlet_client(
 
 
 def _draw(
-    labels: Indices, shards: int, alpha: float, generator: np.random.Generator
-) -> list[Indices]:
-    parts: list[list[Indices]] = [[] for _ in range(shards)]
+    of_class: list[Indices], shards: int, alpha: float, generator: np.random.Generator
+) -> tuple[list[Indices], list[Indices], int]:
+    """Each class's samples in a random order, where they are cut, and the smallest shard's size."""
+    count = sum(len(mine) for mine in of_class)
     sizes = np.zeros(shards, dtype=np.int64)
-    for kind in np.unique(labels):
-        mine = generator.permutation(np.flatnonzero(labels == kind))
-        shares = _capped(generator.dirichlet(np.full(shards, alpha)), sizes, len(labels))
-        for shard, piece in enumerate(np.split(mine, _cuts(shares, len(mine)))):
-            parts[shard].append(piece)
-            sizes[shard] += len(piece)
-    return [np.concatenate(pieces) for pieces in parts]
+    orders, cuts = [], []
+    for mine in of_class:
+        orders.append(generator.permutation(mine))
+        shares = _capped(generator.dirichlet(np.full(shards, alpha)), sizes, count)
+        cuts.append(_cuts(shares, len(mine)))
+        sizes += np.diff(cuts[-1], prepend=0, append=len(mine))
+    return orders, cuts, int(sizes.min())
+
+
+def _dealt(orders: list[Indices], cuts: list[Indices]) -> list[Indices]:
+    # Only of the draw that counts: a thousand that do not would take minutes.
+    pieces = [np.split(mine, at) for mine, at in zip(orders, cuts, strict=True)]
+    return [np.concatenate(of_shard) for of_shard in zip(*pieces, strict=True)]
 
 
 def _capped(shares: Shares, sizes: Indices, count: int) -> Shares:

@@ -80,11 +80,13 @@ def main() -> None:
         listing,
         partition,
         run,
+        selector,
         server,
         token,
     )
 
-    for module in (run, server, client, certs, token, listing, partition, export, evaluate, doctor):
+    modules = (run, server, client, certs, token, listing, partition, export, evaluate, doctor)
+    for module in (*modules, selector):
         module.register(app)
     signal.signal(signal.SIGTERM, _on_sigterm)
     try:

@@ -8,6 +8,8 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from fedkit.data.names import OF_FILES, OWN, check_names, public_parts, resolve_public
+from fedkit.devices.profiles import profiles
+from fedkit.engine.stopping import check_rules
 from fedkit.errors import UsageError
 from fedkit.registry import OWN_CODE, allow, code_of, load, split
 from fedkit.security.settings import ServerSecurity, check_server, is_loopback
@@ -102,6 +104,7 @@ def make_plan(values: Mapping[str, Value], *, local: bool = False) -> Plan:
     if federation.public != "auto":
         allow(public_parts(federation)[0])
     check_names(federation)
+    check_rules(federation)
     federation = resolve_public(federation)
     if federation.min_clients > federation.num_shards:
         raise UsageError(
@@ -192,3 +195,5 @@ def _check_local(federation: FederationSettings, run: RunSettings) -> None:
         )
     for name in _model_names(run.models):
         check("models", name)
+    if run.emulate:
+        profiles(run.emulate)

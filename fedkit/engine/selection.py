@@ -7,9 +7,9 @@ nothing. It is the driver that plans these exchanges, for any strategy.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -23,8 +23,9 @@ class Seen:
     Attributes:
         rounds: the rounds in which its work counted.
         losses: its training losses in these (NaN where it told none).
-        seconds: what its work took in these, by its own clock.
-        transfer_seconds: what sending its reply took in these, as far as the server can tell.
+        seconds: what its work took in these, by its own clock, a probe included.
+        transfer_seconds: what its instructions and replies took on the way in these, as far as the
+            server can tell; a probe's is left out.
         bytes_up: tensor bytes that it sent in these.
         probed: rounds in which it was probed, ``rejected``: in which it was then stopped early.
         probe_seconds, probe_losses: of each probe.
@@ -52,12 +53,16 @@ class View:
         members: who is connected, in client order.
         seen: what is known of each client, by its index.
         generator: the round's, for what is drawn.
+        rounds: how many the run has; 0: not known.
+        warn: takes a sentence for people; the round goes on.
     """
 
     round: int
     members: Sequence[Member]
     seen: Mapping[int, Seen]
     generator: np.random.Generator
+    rounds: int = 0
+    warn: Callable[[str], None] = lambda text: None
 
 
 @dataclass(frozen=True)
@@ -97,7 +102,11 @@ class Outcome:
 
 @runtime_checkable
 class Selector(Protocol):
-    """Says who takes part; made from the argument after its name."""
+    """Says who takes part; made from the argument after its name.
+
+    One that learns keeps what it remembers in an attribute ``state``, a dataclass that
+    ``fedkit.engine.strategy_state`` can save: it is in the checkpoint, and set again on resume.
+    """
 
     # Whether it wants clients probed before it decides.
     probes: bool
@@ -113,10 +122,3 @@ class Selector(Protocol):
     def learn(self, outcome: Outcome) -> None:
         """Take note of how the round went."""
         ...
-
-
-@dataclass
-class Remembered:
-    """What a selector carries from round to round, for the checkpoint; empty for most."""
-
-    values: dict[str, Any] = field(default_factory=dict)

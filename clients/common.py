@@ -11,11 +11,12 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, 
 from flwr.clientapp import ClientApp
 from flwr.clientapp.typing import ClientAppCallable
 
-from clients import memory
+from clients import memory, probing
 from clients.edge import ALONE, OWN, Edge, edge_of
 from clients.joining import PublicMissing, take_offer
 from fedkit.data.samples import Samples
 from fedkit.models.build import parameter_count, restored
+from fedkit.models.device import leave_to_others
 from fedkit.models.files import about_of
 from fedkit.models.measure import measure
 from fedkit.registry import names
@@ -24,14 +25,16 @@ from fedkit.seeds import derive
 LocalWork: TypeAlias = Callable[[Edge, Context, str, ConfigRecord], float]
 
 
-def client_app(local_work: LocalWork) -> ClientApp:
+def client_app(local_work: LocalWork, upload: probing.Upload = probing.default_upload) -> ClientApp:
     """A Flower ``ClientApp`` with the handlers that all strategies share.
 
     Args:
         local_work: ``(edge, context, slot, config) -> loss``: the private training of one round on
             the model in ``slot``; the reference does this and nothing else.
+        upload: what the reply to a round's first instruction weighs (see ``clients.probing``).
     """
-    app = ClientApp(mods=[_timed, _seeded])
+    app = ClientApp(mods=[_timed, _seeded, probing.unfinished(keep)])
+    probing.add_probing(app, upload, keep)
 
     @app.query("join")
     def join(message: Message, context: Context) -> Message:
@@ -51,6 +54,7 @@ def client_app(local_work: LocalWork) -> ClientApp:
                 "partition-digest": edge.data.partition_digest,
                 "classes": list(edge.data.classes),
                 "codecs": list(names("codecs")),
+                "tags": [tag for tag in str(context.node_config.get("tags", "")).split(",") if tag],
             }
         )
         sizes = MetricRecord(
@@ -154,6 +158,9 @@ def _timed(message: Message, context: Context, call_next: ClientAppCallable) -> 
     """A Flower mod: tell how long the work took, on the wall and in CPU time."""
     started = time.perf_counter()
     answer = call_next(message, context)
+    edge = getattr(context, "_fedkit_edge", None)
+    if edge is not None:
+        leave_to_others(edge.device)
     if answer.has_content():
         answer.content["timing"] = ConfigRecord(
             {
@@ -168,6 +175,7 @@ def _seeded(message: Message, context: Context, call_next: ClientAppCallable) ->
     """A Flower mod: what draws from torch's own generator (dropout) repeats too."""
     seed = int(context.run_config["seed"])
     round = message.metadata.group_id or "0"
-    purpose = f"{message.metadata.message_type}/{round}"
+    # A probe begins what its instruction would, with the same numbers.
+    purpose = f"{probing.instruction_type(message)}/{round}"
     torch.manual_seed(derive(seed, purpose, int(context.node_config["partition-id"])))
     return call_next(message, context)

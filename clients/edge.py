@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, field
+from enum import Enum
 
 import numpy as np
 import torch
@@ -26,6 +27,12 @@ from fedkit.settings import DataSettings, FederationSettings, build
 OWN, ALONE = "own", "alone"
 
 
+class Work(Enum):
+    """How much of an instruction's local work is to be done now (see ``clients.probing``)."""
+
+    WHOLE, FIRST_EPOCH, REST = range(3)
+
+
 @dataclass
 class Edge:
     """What a client holds in memory between instructions.
@@ -42,6 +49,7 @@ class Edge:
         outputs: number of logits.
         answered: digest of the subset answered last, and the class scores on it.
         resembling: which public samples resemble the private ones, once that was found out.
+        work: how much of the instruction under way is to be done.
     """
 
     settings: FederationSettings
@@ -56,11 +64,22 @@ class Edge:
     models: dict[str, nn.Module] = field(default_factory=dict)
     answered: tuple[str, Tensor] = ("", torch.empty(0))
     resembling: NDArray[np.bool_] | None = None
+    work: Work = Work.WHOLE
 
     @property
     def own(self) -> nn.Module:
         """The client's own model."""
         return self.models[OWN]
+
+    def remake(self, context: Context, slot: str) -> None:
+        """Make the model in ``slot`` as a client that was started anew would."""
+        network = self.model_name, self.data.shape, self.outputs
+        weights = memory.recall_weights(context, slot)
+        if weights:
+            model = restored(*network, weights)
+        else:
+            model = build_model(*network, self.settings.seed, self.client)
+        self.models[slot] = model.to(self.device)
 
     def start_alone(self, context: Context) -> None:
         """Let the reference start (again) from where the own model is now, optimisers included."""
@@ -120,13 +139,8 @@ def _build(context: Context) -> Edge:
     )
     slots = (OWN, ALONE) if settings.alone else (OWN,)
     _keep_to_budget(edge, context, len(slots))
-    network = edge.model_name, data.shape, edge.outputs
     for slot in slots:
-        weights = memory.recall_weights(context, slot)
-        model = (
-            restored(*network, weights) if weights else build_model(*network, settings.seed, client)
-        )
-        edge.models[slot] = model.to(device)
+        edge.remake(context, slot)
     try_one_batch(edge.own, _two(edge), edge.outputs, edge.model_name)
     return edge
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from itertools import chain, islice
+import math
+from itertools import islice
 from typing import cast
 
 import numpy as np
 import torch
-from flwr.app import ConfigRecord, Context, Message
+from flwr.app import ConfigRecord, Context, Message, RecordDict
 from torch import Tensor
 from torch.nn import functional
 
+from clients import probing
 from clients.common import client_app, keep, reply
 from clients.edge import OWN, Edge, edge_of
 from clients.private import private_optimiser, remember
@@ -19,11 +21,16 @@ from fedkit.knowledge import by_class
 from fedkit.knowledge.by_class import ByClass
 from fedkit.knowledge.consensus import Consensus
 from fedkit.models.losses import Loss, cross_entropy, soften
-from fedkit.models.training import endless, one_epoch, take_steps
+from fedkit.models.training import batches_of, endless, take_steps
 
 
 def learn(
-    edge: Edge, context: Context, slot: str, config: ConfigRecord, also: Loss | None = None
+    edge: Edge,
+    context: Context,
+    slot: str,
+    config: ConfigRecord,
+    also: Loss | None = None,
+    sums: dict[str, Tensor] | None = None,
 ) -> float:
     """A round of cross-entropy, plus ``also``, on the model in ``slot``; the model is kept.
 
@@ -31,36 +38,37 @@ def learn(
         edge, context, slot, config: as for ``client_app``'s local work; ``local-steps`` steps if the
             configuration has them, else ``local-epochs``.
         also: ``(logits, labels) -> scalar``, called at every step.
+        sums: tensors that ``also`` adds to in place.
 
     Returns:
         The mean cross-entropy over the round, without ``also``: a term that begins in a later round
         must not look to the learning rate's schedule like a loss that got worse.
     """
     model, data = edge.models[slot], edge.private.train
-    labelled, seen = torch.zeros((), device=edge.device), 0
+    labelled = torch.zeros((), device=edge.device)
+    seen = torch.zeros((), dtype=torch.int64)
 
     def loss(logits: Tensor, labels: Tensor) -> Tensor:
-        nonlocal seen
         value = cross_entropy(logits, labels)
         labelled.add_(value.detach(), alpha=len(labels))
-        seen += len(labels)
+        seen.add_(len(labels))
         return value if also is None else value + also(logits, labels)
 
     size, steps = cast(int, config["batch-size"]), cast(int, config.get("local-steps", 0))
     order = edge.generator("local", cast(int, config["server-round"]))
-    epochs = range(cast(int, config["local-epochs"]))
+    each = batches_of(len(data), size)
+    total = steps if steps and each else each * cast(int, config["local-epochs"])
     optimiser = private_optimiser(edge, context, slot, config, "private")
-    take_steps(
-        model,
-        data,
-        data.labels,
-        loss,
-        optimiser,
-        islice(endless(len(data), size, order), steps)
-        if steps and len(data)
-        else chain.from_iterable(one_epoch(len(data), size, order) for _ in epochs),
-    )
-    mean = float(labelled) / max(seen, 1)
+    batches = endless(len(data), size, order)
+
+    def epoch(at: int) -> float:
+        part = islice(batches, min(each, total - at * each))
+        return take_steps(model, data, data.labels, loss, optimiser, part)
+
+    sums = {"labelled": labelled, "seen": seen, **(sums or {})}
+    place = probing.Place(slot, optimiser, order, sums)
+    probing.epochs(edge, context, place, math.ceil(total / max(each, 1)), epoch)
+    mean = float(labelled) / max(int(seen), 1)
     remember(context, slot, config, "private", optimiser)
     observe(edge, context, slot, config, mean)
     keep(edge, context, slot)
@@ -75,6 +83,11 @@ class LabelMeans:
         precise = torch.float32 if device.type == "mps" else torch.float64
         self._sums = torch.zeros((classes, width), dtype=precise, device=device)
         self._counts = torch.zeros(classes, dtype=torch.int32, device=device)
+
+    @property
+    def sums(self) -> dict[str, Tensor]:
+        """What it adds to, in place."""
+        return {"sums": self._sums, "counts": self._counts}
 
     def add(self, rows: Tensor, labels: Tensor) -> None:
         """Take in B rows (B x D) and their labels (int64, B)."""
@@ -118,7 +131,13 @@ class Lesson:
         return self._gamma * functional.cross_entropy(logits, targets)
 
 
-app = client_app(learn)
+def upload(edge: Edge, content: RecordDict) -> int:
+    """Bytes of a mean (float32) and a count (int32) for each class."""
+    width = cast(int, content.config_records["config"].get("prototype-dim", edge.outputs))
+    return by_class.payload_bytes(edge.outputs, width)[0]
+
+
+app = client_app(learn, upload)
 
 
 @app.train()
@@ -129,6 +148,6 @@ def train(message: Message, context: Context) -> Message:
     target = message.content.array_records.get("target")
     others = by_class.unpack_mean(target, edge.outputs, edge.outputs)
     lesson = Lesson(edge, config, others)
-    loss = learn(edge, context, OWN, config, lesson)
+    loss = learn(edge, context, OWN, config, lesson, lesson.told.sums)
     told = by_class.pack(lesson.told.result())
     return reply(message, edge, {"train_loss": loss}, {"by-class": told})

@@ -8,7 +8,7 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message
 from torch import Tensor
 
-from clients import public
+from clients import probing, public
 from clients.common import client_app, global_model, reply
 from clients.digesting import add_local, digested
 from clients.edge import OWN, Edge, edge_of
@@ -92,16 +92,22 @@ def train_copy(message: Message, context: Context) -> Message:
         teacher = soften(predict(edge.own, data), cast(float, config["temperature"]))
         targets, loss = (data.labels, teacher), _guided(config, share)
     optimiser = private_optimiser(edge, context, COPY, config, "private")
-    mean = train(
-        copy,
-        data,
-        targets,
-        loss,
-        optimiser,
-        epochs=cast(int, config["local-epochs"]),
-        batch_size=cast(int, config["batch-size"]),
-        generator=edge.generator("local", cast(int, config["server-round"])),
-    )
+    order = edge.generator("local", cast(int, config["server-round"]))
+
+    def epoch(at: int) -> float:
+        return train(
+            copy,
+            data,
+            targets,
+            loss,
+            optimiser,
+            epochs=1,
+            batch_size=cast(int, config["batch-size"]),
+            generator=order,
+        )
+
+    place = probing.Place(COPY, optimiser, order)
+    mean = probing.epochs(edge, context, place, cast(int, config["local-epochs"]), epoch)
     remember(context, COPY, config, "private", optimiser)
     observe(edge, context, COPY, config, mean)
     return reply(message, edge, {"train_loss": mean}, {"arrays": ArrayRecord(copy.state_dict())})

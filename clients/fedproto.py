@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from clients.common import client_app, reply
 from clients.edge import OWN, Edge, edge_of
-from clients.fd import LabelMeans, learn
+from clients.fd import LabelMeans, learn, upload
 from fedkit.errors import UsageError
 from fedkit.knowledge import by_class
 from fedkit.knowledge.by_class import ByClass
@@ -22,7 +22,7 @@ from fedkit.knowledge.consensus import Consensus
 from fedkit.models.losses import Loss
 from fedkit.models.measure import predict
 
-app = client_app(learn)
+app = client_app(learn, upload)
 
 
 @app.train()

@@ -7,7 +7,7 @@ from typing import cast
 import torch
 from flwr.app import ConfigRecord, Context
 
-from clients import memory
+from clients import memory, probing
 from clients.common import keep
 from clients.edge import Edge
 from clients.schedule import observe, rate
@@ -74,18 +74,22 @@ def private_epochs(
 
     The model is kept afterwards; ``purpose`` names the random order. Returns the last epoch's mean loss.
     """
-    model, data = edge.models[slot], edge.private.train
-    optimiser = private_optimiser(edge, context, slot, config, "private")
-    loss = train(
-        model,
-        data,
-        data.labels,
-        cross_entropy,
-        optimiser,
-        epochs=epochs,
-        batch_size=cast(int, config["batch-size"]),
-        generator=edge.generator(purpose, cast(int, config["server-round"])),
-    )
+    data, optimiser = edge.private.train, private_optimiser(edge, context, slot, config, "private")
+    order = edge.generator(purpose, cast(int, config["server-round"]))
+
+    def epoch(at: int) -> float:
+        return train(
+            edge.models[slot],
+            data,
+            data.labels,
+            cross_entropy,
+            optimiser,
+            epochs=1,
+            batch_size=cast(int, config["batch-size"]),
+            generator=order,
+        )
+
+    loss = probing.epochs(edge, context, probing.Place(slot, optimiser, order), epochs, epoch)
     remember(context, slot, config, "private", optimiser)
     keep(edge, context, slot)
     return loss

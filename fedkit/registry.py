@@ -23,6 +23,7 @@ KINDS = {
     "strategies": "strategy",
     "clients": "client half",
     "selectors": "selector",
+    "trainers": "trainer of selectors",
     "models": "model",
     "datasets": "data set",
     "partitions": "partition",

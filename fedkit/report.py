@@ -14,7 +14,7 @@ from rich.table import Table
 
 from fedkit.data.names import OWN
 from fedkit.engine.events import Event
-from fedkit.engine.history import History
+from fedkit.engine.history import ALL_DONE, History
 from fedkit.registry import split
 from fedkit.settings import FederationSettings
 
@@ -103,6 +103,8 @@ def print_result(summary: dict[str, Any], path: Path, *, as_json: bool = False) 
         soft_wrap=True,
     )
     console.print(f"Digest {summary['digest'][:16]}; everything is in {path}", soft_wrap=True)
+    for text in _told(summary):
+        console.print(text, soft_wrap=True)
     at_server = summary["server_models"]
     if at_server:
         told = ", ".join(f"{label} {accuracy:.3f}" for label, accuracy in at_server.items())
@@ -113,6 +115,30 @@ def print_result(summary: dict[str, Any], path: Path, *, as_json: bool = False) 
     ):
         if (path / folder).is_dir():
             console.print(f"Models: {path / models}", soft_wrap=True)
+
+
+def _told(summary: dict[str, Any]) -> list[str]:
+    """Why it ended early, when its target was reached, and how evenly clients took part."""
+    texts = []
+    if summary["status"] == "completed" and summary["stop_reason"] != ALL_DONE:
+        texts.append(f"It ended before its last round: {summary['stop_reason']}")
+    target = summary["target"]
+    if target is not None:
+        wanted = f"{target['name']} {target['value']:g}"
+        texts.append(
+            f"{wanted} was not reached"
+            if target["round"] is None
+            else f"{wanted} was first reached in round {target['round']}, after "
+            f"{target['seconds']:.1f} s and {size(target['bytes'])}"
+        )
+    if _unequal(summary):
+        texts.append(f"Jain's index of how often each took part: {summary['fairness']:.3f}")
+    return texts
+
+
+def _unequal(summary: dict[str, Any]) -> bool:
+    """Whether some clients took part more often than others."""
+    return summary["fairness"] is not None and summary["fairness"] < 1
 
 
 def client_table(summary: dict[str, Any]) -> Table:
@@ -136,8 +162,9 @@ def client_table(summary: dict[str, Any]) -> Table:
         whose = "own" if "personal" in name else "common"
         how = "alone" if name.startswith("alone") else "together"
         table.add_column(f"{whose}\n{how}", justify="right")
-    table.add_column("up", justify="right")
-    table.add_column("down", justify="right")
+    unequal = _unequal(summary)
+    for name in (*(["rounds"] if unequal else []), "up", "down"):
+        table.add_column(name, justify="right")
     for client in clients:
         table.add_row(
             *([str(client["id"])] if numbered else []),
@@ -145,6 +172,7 @@ def client_table(summary: dict[str, Any]) -> Table:
             client["model"],
             str(client["examples"]),
             *(_accuracy(client[name]) for name in columns),
+            *([str(client["rounds"])] if unequal else []),
             size(client["bytes_up"]),
             size(client["bytes_down"]),
         )
@@ -155,6 +183,11 @@ def client_table(summary: dict[str, Any]) -> Table:
             "mean",
             *[""] * (3 if numbered else 2),
             *(_accuracy(mean) for mean in means),
+            *(
+                [f"{sum(client['rounds'] for client in clients) / len(clients):.1f}"]
+                if unequal
+                else []
+            ),
             size(summary["bytes_up"] / len(clients)),
             size(summary["bytes_down"] / len(clients)),
         )

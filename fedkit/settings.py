@@ -86,7 +86,42 @@ class FederationSettings:
     val_fraction: float = setting(
         0.0, "share of a client's training data held out for validation", minimum=0, maximum=0.5
     )
-    select: str = setting("all", "who takes part in a round: see `fedkit list selectors`")
+    select: str = setting(
+        "all",
+        "who takes part in a round, as in uniform:0.1, tag:lab or power:10,3: see `fedkit list selectors`",
+    )
+    until: str = setting(
+        "",
+        "the run ends once the clients' mean accuracy on their validation data is there, as in "
+        "val_accuracy=0.8 (needs val-fraction)",
+        unit="val_accuracy=number",
+    )
+    patience: int = setting(
+        0,
+        "the run ends after so many rounds without a better mean accuracy on validation data (0: never; "
+        "needs val-fraction)",
+        unit="rounds",
+        minimum=0,
+    )
+    max_seconds: float = setting(
+        0.0,
+        "the run ends with the round after which so much time has passed (0: no limit)",
+        unit="seconds",
+        minimum=0,
+    )
+    max_bytes: int = setting(
+        0,
+        "the run ends with the round after which so many tensor bytes have travelled for training, up "
+        "and down (0: no limit)",
+        unit="bytes",
+        minimum=0,
+    )
+    target: str = setting(
+        "",
+        "record in the summary when a mean accuracy was first reached, as in mean_global_accuracy=0.8; "
+        "stops nothing",
+        unit="name=number",
+    )
     codec: str = setting(
         "float32",
         "how logits travel: see `fedkit list codecs`; with several (topk:3,float32) each client gets "
@@ -199,6 +234,12 @@ class RunSettings:
     )
     device: str = setting(
         "auto", "where clients compute: auto, cpu, cuda, cuda:I or mps; auto takes a GPU if any"
+    )
+    emulate: str = setting(
+        "",
+        "the devices that clients behave like, comma-separated, cycled over clients: pi4, jetson-nano, "
+        "phone-mid, laptop, or TOML files (default: this machine as it is)",
+        unit="profiles",
     )
 
 

@@ -194,15 +194,18 @@ def shrink(coefficients: Matrix, index: int) -> Matrix:
     return restrict(coefficients, np.delete(np.arange(len(coefficients)), index).tolist())
 
 
-def restrict(coefficients: Matrix, at: Sequence[int]) -> Matrix:
-    """Rows and columns ``at`` of c, each row rescaled to sum to 1 (float64, K x K).
+def restrict(
+    coefficients: Matrix, at: Sequence[int], columns: Sequence[int] | None = None
+) -> Matrix:
+    """Rows ``at`` of c over some columns (the same, if not given), rescaled to sum to 1 (float64, K x L).
 
-    c_nl / sum_{j in at} c_nj, or 1/K for a row without mass there (algorithms.md 6, partial
+    c_nl / sum_{j in columns} c_nj, or 1/L for a row without mass there (algorithms.md 6, partial
     participation).
     """
-    part = coefficients[np.ix_(at, at)]
+    columns = at if columns is None else columns
+    part = coefficients[np.ix_(at, columns)]
     mass = part.sum(axis=1, keepdims=True)
-    return np.where(mass > 0, part / np.where(mass > 0, mass, 1.0), 1 / max(len(at), 1))
+    return np.where(mass > 0, part / np.where(mass > 0, mass, 1.0), 1 / max(len(columns), 1))
 
 
 def project_to_simplex(rows: NDArray[np.float64]) -> NDArray[np.float64]:

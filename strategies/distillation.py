@@ -35,7 +35,7 @@ class DistilHyperparameters:
         minimum=0,
         source="FedDF: 10000",
     )
-    patience: int = setting(
+    steps_patience: int = setting(
         75,
         "stop after so many steps without a better score (0: never)",
         unit="steps",
@@ -165,7 +165,7 @@ def distil(job: Job) -> Distilled:
     samples, wanted = job.samples.take(learning), targets[learning]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive(job.seed, purpose, round=job.server_round))
-        while taken < hyper.steps and not (hyper.patience and since >= hyper.patience):
+        while taken < hyper.steps and not (hyper.steps_patience and since >= hyper.steps_patience):
             some = list(islice(batches, min(hyper.check_every, hyper.steps - taken)))
             mean = take_steps(
                 student, samples, wanted, loss, optimiser, some, clip=hyper.clip, schedule=schedule

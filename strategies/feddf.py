@@ -133,9 +133,9 @@ class FedDF(PublicRound):
     def configure_digest(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Send the students' answers to those who took part in the ensemble."""
-        present = [m for m in self.members(grid) if m.client in self._answered and self._targets]
-        own = self.hyper.target == "own"
+        """Send the students' answers to those who took part in the ensemble, or were stopped early."""
+        present = self.learners(grid, self._answered) if self._targets else []
+        own = self.hyper.digest_target == "own"
 
         def content(member: Member) -> RecordDict:
             target = self._targets.get(member.model if own else "mean", self._targets["mean"])

@@ -32,7 +32,7 @@ class FedDFHyperparameters(
         "auto",
         "exchange=logits: the server's architectures, comma-separated; auto: those of the clients",
     )
-    target: str = setting(
+    digest_target: str = setting(
         "mean",
         "exchange=logits: what a client digests: the students' mean, or the one of its own "
         "architecture",
@@ -112,7 +112,7 @@ PRESETS: Mapping[str, Mapping[str, Value]] = {
         "optimiser": "sgd",
         "learning-rate": 0.1,
         "steps": 10000,
-        "patience": 1000,
+        "steps-patience": 1000,
         "check-every": 100,
         "server-batch": 128,
         "score": "val_acc",

@@ -218,7 +218,7 @@ class FedDistill(PublicRound):
         """Send Q to those whose soft labels are in the mean."""
         if self._target is None or not (self.hyper.digest_epochs or self.hyper.revisit_epochs):
             return []
-        present = [m for m in self.members(grid) if m.client in self._answered]
+        present = self.learners(grid, self._answered)
         return self.tell(present, "train.digest", server_round, self._indices, self._target)
 
     def aggregate_digest(self, server_round: int, replies: Iterable[Message]) -> Aggregated:

@@ -222,7 +222,7 @@ class FedMD(PublicRound):
         if self._fused:
             self._next = self.draw(server_round + 1)
             extra["subset"] = subset.record(self._next)
-        present = [m for m in self.members(grid) if m.client in self._answered]
+        present = self.learners(grid, self._answered)
         return self.tell(
             present, "train.digest", server_round, self._indices, self._consensus, extra
         )

@@ -20,7 +20,7 @@ class InitialTraining:
         """``strategy``: its hyper-parameters are ``PretrainHyperparameters``."""
         self._strategy = strategy
         self._workers = Workers(strategy.hyper.workers, strategy.facts.settings.threads)
-        self.exchange = Exchange("init", self._configure, self._aggregate)
+        self.exchange = Exchange("init", self._configure, self._aggregate, once=True)
 
     def close(self) -> None:
         """End the worker processes."""

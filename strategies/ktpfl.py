@@ -82,8 +82,8 @@ class KTpFL(PublicRound):
     def check(cls, settings: FederationSettings, hyper: Any) -> None:
         """Adding logits to logits makes sense; adding probabilities does not."""
         super().check(settings, hyper)
-        if hyper.target == "local+mix" and hyper.space != "logit":
-            raise UsageError("target=local+mix adds class scores: set space=logit as well.")
+        if hyper.digest_target == "local+mix" and hyper.space != "logit":
+            raise UsageError("digest-target=local+mix adds class scores: set space=logit as well.")
         if hyper.public_pretrain and not settings.public_labels:
             raise UsageError("public-pretrain learns from labels: set public-labels=true as well.")
 
@@ -136,8 +136,13 @@ class KTpFL(PublicRound):
     def configure_distill(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Send T_k to each client that answered; made a few at a time, as they are sent."""
-        present = [m for m in self.members(grid) if m.client in self._soft and self._valid.any()]
+        """Send T_k to each client that answered; made a few at a time, as they are sent.
+
+        One that a selector stopped early gets the mixture of the others' that its row asks for.
+        """
+        present = self.learners(grid, self._soft) if self._soft and self._valid.any() else []
+        if self.hyper.digest_target == "local+mix":  # which adds what the client told itself
+            present = [member for member in present if member.client in self._soft]
         self._example = None
         wanted = self._personal(present)
         return self.instruct(
@@ -166,13 +171,11 @@ class KTpFL(PublicRound):
     def _personal(self, members: Sequence[Member]) -> Iterator[Consensus]:
         """T_k of each member in turn (or its own answer plus T_k)."""
         clients, soft = list(self._soft), list(self._soft.values())
-        rows = self._present_rows(clients)
-        place = {client: at for at, client in enumerate(clients)}
         for start in range(0, len(members), SLICE):
             some = [member.client for member in members[start : start + SLICE]]
-            mixtures = mix(rows[[place[client] for client in some]], soft)
+            mixtures = mix(self._rows_over(some, clients), soft)
             for client, mixture in zip(some, mixtures, strict=True):
-                own = self._soft[client] if self.hyper.target == "local+mix" else 0
+                own = self._soft[client] if self.hyper.digest_target == "local+mix" else 0
                 target = Consensus(np.asarray(mixture + own, dtype=np.float32), self._valid)
                 # One stands for all where it is asked how undecided they are.
                 self._example = target
@@ -190,7 +193,16 @@ class KTpFL(PublicRound):
 
     def _present_rows(self, clients: list[int]) -> Matrix:
         """Rows and columns of ``clients``, each row rescaled to sum to 1."""
-        return restrict(self.state.coefficients, [self.state.rows[client] for client in clients])
+        return self._rows_over(clients, clients)
+
+    def _rows_over(self, clients: list[int], columns: list[int]) -> Matrix:
+        """Rows of ``clients``, over the columns of others; a client that never told anything has 1/N."""
+        rows, among = self.state.rows, [self.state.rows[client] for client in columns]
+        known = [client for client in clients if client in rows]
+        over = np.full((len(clients), len(columns)), 1 / max(len(columns), 1))
+        places = [at for at, client in enumerate(clients) if client in rows]
+        over[places] = restrict(self.state.coefficients, [rows[c] for c in known], among)
+        return over
 
     def _update(self, server_round: int, members: list[Member]) -> None:
         if self.hyper.update == "none":

@@ -35,7 +35,7 @@ class KTpFLHyperparameters(
         choices=("prob", "logit"),
         source="[P][C] prob; an improved version mixes logits",
     )
-    target: str = setting(
+    digest_target: str = setting(
         "mix",
         "what a client learns from: the mixture, or its own answer plus the mixture",
         choices=("mix", "local+mix"),

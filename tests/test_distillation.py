@@ -36,7 +36,13 @@ torch.set_num_threads(1)
 
 SHAPE, CLASSES, SEED = (1, 8, 8), 4, 7
 SHORT = DistilHyperparameters(
-    steps=24, patience=0, check_every=4, score="heldout_kl", heldout=0.25, server_batch=8, workers=1
+    steps=24,
+    steps_patience=0,
+    check_every=4,
+    score="heldout_kl",
+    heldout=0.25,
+    server_batch=8,
+    workers=1,
 )
 
 
@@ -189,12 +195,12 @@ def test_of_a_lesson_that_went_astray_the_start_is_left():
 
 
 def test_patience_ends_a_lesson_without_progress():
-    job = lesson(server_rate=10.0, steps=1000, check_every=5, patience=10)
+    job = lesson(server_rate=10.0, steps=1000, check_every=5, steps_patience=10)
     assert distil(job).steps == 10
 
 
 def test_without_patience_every_step_is_taken():
-    assert distil(lesson(server_rate=10.0, steps=30, check_every=4, patience=0)).steps == 30
+    assert distil(lesson(server_rate=10.0, steps=30, check_every=4, steps_patience=0)).steps == 30
 
 
 def test_accuracy_scores_by_labels():

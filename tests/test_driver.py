@@ -11,6 +11,7 @@ from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 from inprocess import InProcessFederation
 
 from fedkit.engine.events import Event
+from fedkit.engine.observing import emit_metrics
 from fedkit.engine.round_grid import RoundGrid
 from fedkit.report import Progress
 from fedkit.rundir import RunDirectory, read_events
@@ -174,5 +175,5 @@ def test_the_summary_of_a_stopped_run_has_its_last_measured_accuracies():
 
 def test_metric_records_without_examples_are_recorded():
     run = InProcessFederation(**SMALL)
-    run.driver._emit_metrics(1, "x", 0, MetricRecord({"a": 1.5}))
+    emit_metrics(run.emit, 1, "x", 0, MetricRecord({"a": 1.5}))
     assert run.events[-1] == Event("metric", 1, "x", 0, "a", 1.5, None)

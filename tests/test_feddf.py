@@ -60,7 +60,7 @@ LOCAL = {
 LESSON = {
     "public_samples": 60,
     "steps": 10,
-    "patience": 0,
+    "steps_patience": 0,
     "check_every": 5,
     "server_batch": 16,
     "workers": 1,
@@ -211,7 +211,7 @@ def test_clients_are_told_the_mean_of_the_students():
 
 
 def test_clients_are_told_what_the_student_of_their_own_architecture_says():
-    run, wire = ran(**LOGITS, clients=3, rounds=1, models="lenet,cnn", target="own")
+    run, wire = ran(**LOGITS, clients=3, rounds=1, models="lenet,cnn", digest_target="own")
     told = targets(wire)
     for client, spec in enumerate(["lenet", "cnn", "lenet"]):
         own = says(run, spec, run.strategy.state.models[spec], subset_of(wire))
@@ -221,7 +221,9 @@ def test_clients_are_told_what_the_student_of_their_own_architecture_says():
 
 @pytest.mark.parametrize("target", ["mean", "own"])
 def test_students_may_have_an_architecture_that_no_client_has(target):
-    run, wire = ran(**LOGITS, clients=2, rounds=1, models="lenet", students="cnn", target=target)
+    run, wire = ran(
+        **LOGITS, clients=2, rounds=1, models="lenet", students="cnn", digest_target=target
+    )
     assert list(run.strategy.state.models) == ["cnn"]
     student = says(run, "cnn", run.strategy.state.models["cnn"], subset_of(wire))
     assert sorted(targets(wire)) == [0, 1]

@@ -53,7 +53,7 @@ LOGITS = {
     "revisit_epochs": 0,
     "digest_batch": 32,
     "steps": 10,
-    "patience": 0,
+    "steps_patience": 0,
     "check_every": 5,
     "server_batch": 16,
     "workers": 1,

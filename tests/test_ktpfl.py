@@ -206,7 +206,7 @@ def test_in_logit_space_the_matrix_steps_as_in_probability_space(update):
 
 
 def test_local_plus_mix_is_the_own_answer_plus_the_mixture():
-    settings = UNTRAINED | {"space": "logit", "target": "local+mix", "matrix_rate": 0.5}
+    settings = UNTRAINED | {"space": "logit", "digest_target": "local+mix", "matrix_rate": 0.5}
     run, wire = ran(**settings, clients=3, rounds=1)
     scores = {client: values.astype(np.float64) for client, values in told(wire).items()}
     for client, target in targets(wire).items():
@@ -217,10 +217,10 @@ def test_local_plus_mix_is_the_own_answer_plus_the_mixture():
 
 @pytest.mark.parametrize("preset", ["default", "paper", "code", "comet"])
 def test_local_plus_mix_of_probabilities_is_refused_at_the_door(preset):
-    settings = {"strategy": "ktpfl", "preset": preset, "target": "local+mix"}
+    settings = {"strategy": "ktpfl", "preset": preset, "digest_target": "local+mix"}
     with pytest.raises(UsageError, match="space=logit"):
         make_plan(settings, local=True)
-    assert make_plan({**settings, "space": "logit"}, local=True).hyper.target == "local+mix"
+    assert make_plan({**settings, "space": "logit"}, local=True).hyper.digest_target == "local+mix"
 
 
 # Clusters

@@ -293,7 +293,7 @@ def test_a_flipped_bit_in_the_header_never_ends_in_a_traceback(tmp_path):
 
 # A run goes on
 
-DISTIL = {"steps": 8, "patience": 0, "check_every": 4, "server_batch": 16, "workers": 1}
+DISTIL = {"steps": 8, "steps_patience": 0, "check_every": 4, "server_batch": 16, "workers": 1}
 LOCAL = {
     "local_epochs": 1,
     "batch_size": 16,

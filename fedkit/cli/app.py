@@ -81,6 +81,7 @@ def main() -> None:
         listing,
         partition,
         run,
+        selector,
         server,
         token,
     )
@@ -97,6 +98,7 @@ def main() -> None:
         export,
         evaluate,
         doctor,
+        selector,
     ):
         module.register(app)
     signal.signal(signal.SIGTERM, _on_sigterm)

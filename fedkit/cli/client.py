@@ -21,6 +21,7 @@ Examples:
   fedkit client --model resnet18 --data-shard 3
   fedkit client --model resnet18 --dataset folder:~/pictures --memory-budget 2GB
   fedkit client --model my_networks:tiny --data-shard 0
+  fedkit client --data-shard 4 --tag lab --emulate pi4
   fedkit client --data-shard auto --server 10.0.0.5:8090 --root-certificates ca.pem
   fedkit client --model lenet --data-shard 2 --state-dir /var/lib/fedkit --stay
   fedkit client --model lenet --data-shard 1 --server 10.0.0.5:8090 --root-certificates ca.pem \\
@@ -72,6 +73,24 @@ def client(
             show_default=False,
         ),
     ] = "auto",
+    tag: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="A word by which the server may choose it (--select tag:NAME); may be repeated.  "
+            "[default: none]",
+            show_default=False,
+        ),
+    ] = None,
+    emulate: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PROFILE",
+            help="Behave like another device (slower, on a thinner line, at times away): pi4, "
+            "jetson-nano, phone-mid, laptop, or a TOML file.  [default: this machine as it is]",
+            show_default=False,
+        ),
+    ] = None,
     state_dir: Annotated[
         Path | None,
         typer.Option(
@@ -114,6 +133,7 @@ def client(
 ) -> None:
     """Take part in a federation as one device; every other setting comes from the server."""
     from fedkit.data.names import check_dataset
+    from fedkit.devices.profiles import profile
     from fedkit.engine.client import Client, ClientPlan
     from fedkit.registry import allow, check
     from fedkit.settings import build
@@ -138,6 +158,8 @@ def client(
         memory_budget=read_bytes(memory_budget) if memory_budget is not None else 0,
         model=model,
         device=device,
+        tags=_tags(tag or []),
+        emulate=profile(emulate) if emulate is not None else None,
         state_dir=state_dir,
         expected={
             "dataset": dataset if data_shard is not None else None,
@@ -161,6 +183,16 @@ def client(
         print(goodbye)
         if one.model_path:
             print(f"The model is in {one.model_path}.")
+
+
+def _tags(words: list[str]) -> tuple[str, ...]:
+    for word in words:
+        if not word.isprintable() or "," in word or not 0 < len(word) <= 100:
+            raise UsageError(
+                f"--tag takes a word of 1 to 100 characters without a comma, not {word!r}; give "
+                "the option once for each."
+            )
+    return tuple(dict.fromkeys(words))
 
 
 def _shard(text: str | None, dataset: str | None) -> int | None:

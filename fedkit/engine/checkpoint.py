@@ -1,7 +1,8 @@
 """Checkpoints: everything that a server needs to go on after it was killed at any instant.
 
 ``RUN/checkpoints/000003/`` holds the state after round 3: the strategy's own (``strategy.safetensors``),
-the global model (``arrays.safetensors``), and ``checkpoint.json`` with their SHA-256. A folder is written
+a learning selector's (``selector.safetensors``), the global model (``arrays.safetensors``), and
+``checkpoint.json`` with their SHA-256. A folder is written
 beside, synced, and renamed, which is the moment at which it counts; one that is damaged nevertheless is
 passed over for the one before it. Nothing is pickled.
 """
@@ -28,6 +29,7 @@ from fedkit.errors import FedkitError
 
 SCHEMA = 1
 STRATEGY, ARRAYS, ABOUT = "strategy.safetensors", "arrays.safetensors", "checkpoint.json"
+SELECTOR = "selector.safetensors"
 # Whatever a file that is no longer whole may lead to.
 _DAMAGED = (OSError, SafetensorError, LookupError, ValueError, TypeError, AttributeError)
 _log = logging.getLogger(__name__)
@@ -67,6 +69,10 @@ class Checkpoint:
         """The strategy's state; ``FedkitError`` if it is another strategy's."""
         return load_state(self.folder / STRATEGY, kind)
 
+    def selector_state(self, kind: type[Any]) -> Any:
+        """The selector's state; ``FedkitError`` if it is another selector's."""
+        return load_state(self.folder / SELECTOR, kind)
+
 
 class Checkpoints:
     """Those of one run, the newest last."""
@@ -76,13 +82,16 @@ class Checkpoints:
         self.folder = run / "checkpoints"
         self._keep = keep
 
-    def save(self, progress: Progress, state: Any, arrays: ArrayRecord) -> None:
+    def save(
+        self, progress: Progress, state: Any, arrays: ArrayRecord, selector: Any = None
+    ) -> None:
         """Write one; the oldest beyond ``keep`` go once it counts.
 
         Args:
             progress: how far the run has come.
             state: the strategy's state, a dataclass; None where it has none.
             arrays: the global model, empty where there is none.
+            selector: the selector's state, a dataclass; None where it has none.
 
         Raises:
             FedkitError: the disk is full, or can't be written; the checkpoints before still count.
@@ -94,6 +103,8 @@ class Checkpoints:
             make_folder(unfinished)
             if state is not None:
                 save_state(unfinished / STRATEGY, state)
+            if selector is not None:
+                save_state(unfinished / SELECTOR, selector)
             named = {name: array.numpy() for name, array in arrays.items()}
             write_whole(unfinished / ARRAYS, [safetensors.numpy.save(named)])
             about = {
@@ -136,11 +147,12 @@ def _read(folder: Path) -> Checkpoint:
     if about["schema"] != SCHEMA:
         raise ValueError(f"schema {about['schema']} is not {SCHEMA}")
     for name, sha in about["sha256"].items():
-        if name not in (STRATEGY, ARRAYS) or _sha256(folder / name) != sha:
+        if name not in (STRATEGY, SELECTOR, ARRAYS) or _sha256(folder / name) != sha:
             raise ValueError(f"the checksum of {name} is wrong")
     named = safetensors.numpy.load_file(folder / ARRAYS)
     members = [
-        Member(**{**fields, "codecs": tuple(fields["codecs"])}) for fields in about["members"]
+        Member(**{**fields, "codecs": tuple(fields["codecs"]), "tags": tuple(fields["tags"])})
+        for fields in about["members"]
     ]
     progress = Progress(
         round=int(about["round"]),

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fedkit import __version__
+from fedkit.devices.profiles import Profile
 from fedkit.engine.membership import Membership
 from fedkit.engine.state import StateDirectory, first_free
 from fedkit.errors import FedkitError, UsageError, error_of
@@ -39,6 +40,8 @@ class ClientPlan:
         memory_budget: bytes that training may take; 0: not limited.
         model: its architecture; None takes the federation's.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:I`` or ``mps``.
+        tags: words by which it wants to be found.
+        emulate: the kind of device that it is to behave like.
         state_dir: where it keeps its identity and model; None takes one under ``fedkit-state``.
         expected: dataset, partition and num-shards as the user expects them, where given.
         data: where this machine keeps data sets.
@@ -59,6 +62,8 @@ class ClientPlan:
     state_dir: Path | None
     expected: dict[str, Any]
     data: DataSettings
+    tags: tuple[str, ...] = ()
+    emulate: Profile | None = None
     max_wait: float | None = None
     stay: bool = False
     reset_state: bool = False
@@ -173,13 +178,16 @@ class Client:
             _log.info("Connected to %s, shard %s.", plan.server, shard)
             node_config: dict[str, Value] = {
                 "device": plan.device,
+                "tags": ",".join(plan.tags),
                 "data-root": plan.data.data_root,
                 "allow-checksum-mismatch": plan.data.allow_checksum_mismatch,
                 "own-dataset": plan.own_dataset or "",
                 "memory-budget": plan.memory_budget,
                 "public-sets": str(self._directory.path / PUBLIC_SETS),
             }
-            self._membership = Membership(self._directory, welcome, plan.model, node_config)
+            self._membership = Membership(
+                self._directory, welcome, plan.model, node_config, plan.emulate
+            )
 
     def _work(self, key: str, buffers: list[bytes]) -> Answer:
         assert self._membership is not None, "instructions come after the welcome"

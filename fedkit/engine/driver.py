@@ -7,30 +7,30 @@ has, so that an algorithm file holds nothing but its algorithm.
 from __future__ import annotations
 
 import copy
-import itertools
 import math
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable
 from typing import Protocol, runtime_checkable
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
+from fedkit.engine.choosing import Chooser
 from fedkit.engine.events import REWIND, Event, Listener
-from fedkit.engine.roster import Check, Member, Offer, Roster
+from fedkit.engine.known import Known
+from fedkit.engine.observing import Observed, emit_metrics
+from fedkit.engine.probing import Probing
+from fedkit.engine.roster import Check, Offer, Roster
 from fedkit.engine.round_grid import RoundGrid
+from fedkit.engine.selection import Outcome, Selector
 from fedkit.engine.strategy import Exchange, FederatedStrategy, exchanges_of
 from fedkit.errors import FedkitError
-from fedkit.flower import is_failure, payload_bytes
-from fedkit.registry import load, split
-from fedkit.seeds import numpy_generator
 from fedkit.settings import FederationSettings
 
 JOIN_POLL_S = 0.02
 # How often a round is tried that does not reach its quorum.
 TRIES = 3
-METRICS_TAKEN, LONGEST_NAME = 500, 200
 EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
 RoundOver = Callable[[int, ArrayRecord], None]
 
@@ -62,6 +62,8 @@ class Driver:
         offer: Offer = lambda lacks_public: RecordDict(),
         evaluate_fn: EvaluateFn | None = None,
         round_over: RoundOver = lambda server_round, arrays: None,
+        known: Known | None = None,
+        elapsed: Callable[[], float] | None = None,
     ) -> None:
         """A driver.
 
@@ -75,17 +77,29 @@ class Driver:
             evaluate_fn: measures the global model at the server.
             round_over: called with the global model after each round, and with round 0 when the
                 clients are there and the first can begin.
+            known: what is known of the run so far; whoever gives it lets it take all that is emitted.
+            elapsed: seconds that the run has taken, over all its processes.
         """
         self._strategy = strategy
         self._grid = grid
         self._settings = settings
-        self._emit = emit
+        self._known = known or Known(settings)
+        self._emit = emit if known is not None else self._known.taking_also(emit)
         self._evaluate_fn = evaluate_fn
         self._round_over = round_over
-        self.roster = Roster(grid, check, emit, settings.round_timeout, offer)
-        name, argument = split(settings.select)
-        self._selector = load("selectors", name)(argument)
+        started = time.monotonic()
+        self._elapsed = elapsed or (lambda: time.monotonic() - started)
+        self.roster = Roster(grid, check, self._emit, settings.round_timeout, offer)
+        self._chooser = Chooser(settings, self._known.seen, self._emit)
         self._result = Result()
+        self._had_enough: str | None = None
+        # The rule that ended the run before its last round.
+        self.stop_reason: str | None = None
+
+    @property
+    def selector(self) -> Selector:
+        """The run's selector."""
+        return self._chooser.selector
 
     def run(
         self, arrays: ArrayRecord, first_round: int = 1, awaited: Collection[int] = ()
@@ -101,9 +115,14 @@ class Driver:
         Raises:
             FedkitError: too few clients are left to go on.
         """
+        self._result.arrays = arrays
         if first_round > self._settings.rounds:
-            self._result.arrays = arrays
             return self._result
+        if first_round > 1:
+            # A resumed run may have had enough already.
+            self.stop_reason = self._used_up() or self._known.stopping.good_enough()
+            if self.stop_reason is not None:
+                return self._result
         self._wait_for_clients(None)
         patience = time.monotonic() + self._settings.rejoin_wait
         while not set(awaited) <= set(self._grid.get_node_ids()) and time.monotonic() < patience:
@@ -111,16 +130,24 @@ class Driver:
         if first_round == 1:
             self._round_over(0, arrays)
         for server_round in range(first_round, self._settings.rounds + 1):
-            arrays = self._settle(server_round, arrays)
+            arrays = self._result.arrays = self._settle(server_round, arrays)
             self._round_over(server_round, arrays)
-        self._result.arrays = arrays
+            if server_round < self._settings.rounds:
+                reason = self._had_enough or self._known.stopping.good_enough()
+                if reason is not None:
+                    self.stop_reason = reason
+                    break
         return self._result
+
+    def _used_up(self) -> str | None:
+        return self._known.stopping.used_up(self._elapsed())
 
     def _settle(self, server_round: int, arrays: ArrayRecord) -> ArrayRecord:
         """A round, repeated or skipped where too few answer; gives the global model after it."""
         settings, strategy = self._settings, self._strategy
         state = getattr(strategy, "state", None) if settings.quorum else None
         before = copy.deepcopy(state)
+        self._chooser.begin_round()
         for attempt in range(1, TRIES + 1):
             self._wait_for_clients(settings.rejoin_wait)
             if isinstance(self._grid, CanRepeat):
@@ -135,6 +162,7 @@ class Driver:
                 self._emit(Event("warning", server_round, name=f"{missed}: the round is {how}"))
                 self._emit(Event(REWIND, server_round, name=str(missed)))
                 if skipped:
+                    self._had_enough = self._used_up()
                     return arrays
                 reason = missed
         raise FedkitError(
@@ -145,25 +173,30 @@ class Driver:
     def _round(self, server_round: int, arrays: ArrayRecord) -> ArrayRecord:
         settings = self._settings
         everybody = self.roster.connected()
-        chosen = self._select(server_round, everybody)
+        chosen = self._chooser.choose(server_round, everybody)
+        clients = [member.client for member in chosen]
         started = time.monotonic()
         grid = RoundGrid(self._grid, chosen, started + settings.round_timeout)
         config = ConfigRecord({"server-round": server_round})
-        self._emit(Event("round_start", server_round, n=len(chosen)))
+        self._emit(Event("round_start", server_round, value=clients, n=len(chosen)))
         exchanges = exchanges_of(self._strategy)
+        if self.selector.probes:
+            exchanges = Probing(self._chooser, grid, self._emit).planned(exchanges)
         for at, exchange in enumerate(exchanges):
             # A client that does not answer must not use up the time of what comes after.
             grid.share = 1 / (len(exchanges) - at)
             new_arrays = self._exchange(server_round, exchange, arrays, config, grid)
             arrays = arrays if new_arrays is None else new_arrays
-            self._check_quorum(exchange, len(grid.members), len(chosen))
+            self._check_quorum(exchange, grid)
         # The reference and the measuring are no part of what the round costs, nor of its deadline.
         seconds = time.monotonic() - started
         server_seconds = seconds - grid.waited
         if settings.alone and isinstance(self._strategy, FederatedStrategy):
             apart = RoundGrid(self._grid, grid.members, time.monotonic() + settings.round_timeout)
             self._exchange(server_round, self._alone(self._strategy), arrays, config, apart)
-        last = server_round == settings.rounds
+        # Said before the measuring, which is whole in a run's last round.
+        self._had_enough = self._used_up()
+        last = server_round == settings.rounds or self._had_enough is not None
         if last or server_round % settings.eval_every == 0:
             silent = {member.client for member in chosen} - {m.client for m in grid.members}
             measured = [m for m in everybody if last or m.client not in silent]
@@ -171,13 +204,31 @@ class Driver:
             self._measure(server_round, arrays, apart, last)
         self._emit(Event("round", server_round, None, None, "seconds_server", server_seconds))
         self._emit(Event("round", server_round, None, None, "seconds", seconds, len(chosen)))
+        self._learn(server_round, grid)
         return arrays
 
-    def _check_quorum(self, exchange: Exchange, answered: int, chosen: int) -> None:
-        needed = math.ceil(self._settings.quorum * chosen - 1e-9)
+    def _learn(self, server_round: int, grid: RoundGrid) -> None:
+        answered = {member.client for member in grid.members}
+        seen = self._known.seen
+        self._chooser.learn(
+            Outcome(
+                round=server_round,
+                accuracy=self._known.stopping.accuracy(server_round),
+                seconds=seen.latency(server_round),
+                bytes_up=seen.bytes_up(server_round),
+                kept=tuple(sorted(grid.counted & answered)),
+                lost=tuple(sorted(grid.counted - answered)),
+            )
+        )
+
+    def _check_quorum(self, exchange: Exchange, grid: RoundGrid) -> None:
+        """Of those whose answers the round rests on, enough must be there."""
+        wanted = len(grid.counted)
+        answered = sum(member.client in grid.counted for member in grid.members)
+        needed = math.ceil(self._settings.quorum * wanted - 1e-9)
         if answered < needed:
             raise _BelowQuorum(
-                f"{answered} of {chosen} clients were there after {exchange.name}, the quorum is {needed}"
+                f"{answered} of {wanted} clients were there after {exchange.name}, the quorum is {needed}"
             )
 
     def _exchange(
@@ -189,20 +240,19 @@ class Driver:
         grid: RoundGrid,
     ) -> ArrayRecord | None:
         started = time.monotonic()
-        sent = self._count_down(
-            server_round, exchange.name, exchange.configure(server_round, arrays, config, grid)
-        )
-        replies = self._observe(server_round, exchange.name, grid.send_and_receive(sent))
+        observed = Observed(server_round, exchange.name, self._client, self._emit)
+        sent = observed.outgoing(exchange.configure(server_round, arrays, config, grid))
+        replies = observed.incoming(grid.send_and_receive(sent), lambda: grid.allowed)
         new_arrays, metrics = exchange.aggregate(server_round, replies)
         for _ in replies:  # what the strategy did not read still belongs to the record
             continue
-        grid.members = [m for m in grid.members if m.node_id not in self._silent]
+        grid.members = [m for m in grid.members if m.node_id not in observed.silent]
         if metrics is not None and exchange.name != "evaluate":
             self._result.train_metrics_clientapp[server_round] = metrics
-        if self._asked:
+        if observed.asked:
             seconds = time.monotonic() - started
             done = Event(
-                "exchange", server_round, exchange.name, None, "seconds", seconds, self._answered
+                "exchange", server_round, exchange.name, None, "seconds", seconds, observed.answered
             )
             self._emit(done)
         return new_arrays
@@ -226,7 +276,7 @@ class Driver:
         metrics = self._evaluate_fn(server_round, arrays)
         if metrics is not None:
             self._result.evaluate_metrics_serverapp[server_round] = metrics
-            self._emit_metrics(server_round, "evaluate", None, metrics)
+            emit_metrics(self._emit, server_round, "evaluate", None, metrics)
 
     def _alone(self, strategy: FederatedStrategy) -> Exchange:
         def configure(
@@ -237,11 +287,6 @@ class Driver:
             return strategy.instruct(members, "train.alone", server_round, lambda member: content)
 
         return Exchange("alone", configure, lambda server_round, replies: (None, None))
-
-    def _select(self, server_round: int, members: list[Member]) -> list[Member]:
-        generator = numpy_generator(self._settings.seed, "clients", round=server_round)
-        chosen: list[Member] = self._selector(members, generator)
-        return sorted(chosen, key=lambda member: member.client)
 
     def _wait_for_clients(self, patience: float | None) -> None:
         wanted = self._settings.min_clients
@@ -258,56 +303,6 @@ class Driver:
                 )
             time.sleep(JOIN_POLL_S)
             self.roster.admit()
-
-    def _count_down(
-        self, server_round: int, exchange: str, messages: Iterable[Message]
-    ) -> Iterator[Message]:
-        self._asked = 0
-        self._answered = 0
-        self._silent: set[int] = set()
-        for message in messages:
-            self._asked += 1
-            client = self._client(message.metadata.dst_node_id)
-            size = payload_bytes(message)
-            self._emit(Event("bytes", server_round, exchange, client, "bytes_down", size))
-            yield message
-
-    def _observe(
-        self, server_round: int, exchange: str, replies: Iterable[Message]
-    ) -> Iterator[Message]:
-        for reply in replies:
-            client = self._client(reply.metadata.src_node_id)
-            if reply.has_error():
-                self._silent.add(reply.metadata.src_node_id)
-                text = f"client {client} did not answer: {reply.error.reason}"
-                kind = "error" if is_failure(reply) else None
-                self._emit(Event("warning", server_round, exchange, client, text, kind))
-                yield reply
-                continue
-            self._answered += 1
-            size = payload_bytes(reply)
-            self._emit(Event("bytes", server_round, exchange, client, "bytes_up", size))
-            for record in reply.content.metric_records.values():
-                self._emit_metrics(server_round, exchange, client, record)
-            timing = reply.content.config_records.get("timing", ConfigRecord())
-            for name, value in timing.items():
-                if isinstance(value, float):
-                    self._emit(Event("timing", server_round, exchange, client, name, value))
-            yield reply
-
-    def _emit_metrics(
-        self, server_round: int, exchange: str, client: int | None, record: MetricRecord
-    ) -> None:
-        examples = record.get("num-examples")
-        for name, value in itertools.islice(record.items(), METRICS_TAKEN):
-            if name == "num-examples" or name.endswith("/n") or not isinstance(value, int | float):
-                continue
-            # A client may say what it likes, and it ends up in files and on screens.
-            if not name.isprintable() or len(name) > LONGEST_NAME:
-                continue
-            n = record.get(f"{name.rpartition('/')[0]}/n", examples)
-            count = int(n) if isinstance(n, int | float) and math.isfinite(n) else None
-            self._emit(Event("metric", server_round, exchange, client, name, value, count))
 
     def _client(self, node_id: int) -> int | None:
         member = self.roster.members.get(node_id)

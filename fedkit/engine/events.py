@@ -8,6 +8,8 @@ from typing import Any, TypeAlias
 
 # A round is run again: what was told of it, and of those after it, does not count.
 REWIND = "rewind"
+# Exchanges whose cost is no part of what the algorithm costs.
+APART = frozenset({"alone", "evaluate"})
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,15 @@ from collections.abc import Iterable
 from typing import Any
 
 from fedkit import __version__
-from fedkit.engine.events import REWIND, Event
+from fedkit.engine.events import APART, REWIND, Event
 from fedkit.engine.roster import Member
+from fedkit.engine.seen import Ledger, jain
+from fedkit.engine.stopping import reached
 from fedkit.rundir import SCHEMA
 from fedkit.settings import FederationSettings
 
-# What these cost is no part of what the algorithm costs.
-APART = frozenset({"alone", "evaluate"})
+# Why a run ended that no rule ended.
+ALL_DONE = "all rounds are done"
 # What is measured, not when: equal seeds give equal digests.
 IN_DIGEST = frozenset({"metric", "bytes", "coefficients"})
 PERSONAL = ("own_model/own_test/accuracy", "global_model/own_test/accuracy")
@@ -41,10 +43,12 @@ class History:
         self._cpu: dict[int | None, float] = defaultdict(float)
         self._seconds: dict[str, dict[int, float]] = defaultdict(dict)
         self._lines: dict[int, list[str]] = defaultdict(list)
+        self._seen = Ledger()
 
     def take(self, event: Event) -> None:
         """Take one event in."""
         round, client, name = event.round or 0, event.client, event.name or ""
+        self._seen.take(event)
         # A diverged model's measurement is null in the file from which a resumed run reads it back.
         broken = isinstance(event.value, float) and not math.isfinite(event.value)
         value = None if broken else event.value
@@ -59,7 +63,7 @@ class History:
             self._bytes[name][round, client] += event.value
         elif event.event == "timing" and name == "cpu-seconds":
             self._cpu[client] = max(self._cpu[client], event.value)
-        elif event.event == "timing" and event.exchange not in APART:
+        elif event.event == "timing" and name == "seconds" and event.exchange not in APART:
             at = round, event.exchange or ""
             self._slowest[at] = max(self._slowest[at], event.value)
         elif event.event == "round":
@@ -127,6 +131,8 @@ class History:
         measured = [row["round"] for row in rows if row["mean_personal_accuracy"] is not None]
         last = measured[-1] if measured else 0
         spread = list(self._of_clients(last, GLOBAL).values())
+        members = sorted(members, key=lambda member: member.client)
+        took_part = self._seen.took_part()
         return {
             "schema": SCHEMA,
             "fedkit": __version__,
@@ -151,9 +157,12 @@ class History:
             "worst_global_accuracy": min(spread, default=None),
             "std_global_accuracy": statistics.pstdev(spread) if spread else None,
             "best_round": _best(rows),
+            "target": reached(settings.target, rows),
+            "fairness": jain(took_part.get(member.client, 0) for member in members),
             "server_models": self._server_models(last),
             "clients": [
-                self._client(member, last) for member in sorted(members, key=lambda m: m.client)
+                {**self._client(member, last), "rounds": took_part.get(member.client, 0)}
+                for member in members
             ],
             "history": rows,
         }

@@ -164,6 +164,9 @@ def _start_client(plan: Plan, directory: Path, address: str, number: int, model:
         *("--device", plan.local.device),
         *("--state-dir", str(directory / "clients" / f"client-{number}")),
     ]
+    if plan.local.emulate:
+        kinds = [spec.strip() for spec in plan.local.emulate.split(",")]
+        arguments += ["--emulate", kinds[number % len(kinds)]]
     if plan.data.data_root:
         arguments += ["--data-root", plan.data.data_root]
     if named_here(plan):

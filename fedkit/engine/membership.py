@@ -9,6 +9,9 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedkit.devices.device import Device
+from fedkit.devices.emulation import Emulation
+from fedkit.devices.profiles import Profile
 from fedkit.engine.state import ROUNDS_KEPT, FederationState, StateDirectory
 from fedkit.errors import FedkitError, is_out_of_memory, out_of_memory, where_raised
 from fedkit.link.client import Answer
@@ -31,6 +34,7 @@ class Membership:
         welcome: dict[str, Any],
         model: str | None,
         node_config: dict[str, Value],
+        emulate: Profile | None = None,
     ) -> None:
         """The part that the server's welcome gives this device.
 
@@ -39,6 +43,7 @@ class Membership:
             welcome: the server's.
             model: the device's architecture; None takes the federation's.
             node_config: what this machine adds to what the server says of the node.
+            emulate: the kind of device that it is to behave like.
         """
         self.federation = _safe_name(welcome["federation"])
         self._directory = directory
@@ -48,6 +53,10 @@ class Membership:
         self._state: FederationState | None = None
         self._context: Context | None = None
         self._app: ClientApp | None = None
+        self._emulation: Emulation | None = None
+        if emulate is not None:
+            seed, client = welcome["run_config"]["seed"], welcome["node_config"]["partition-id"]
+            self._emulation = Emulation(Device(emulate, int(seed), int(client)))
 
     def fits(self, welcome: dict[str, Any]) -> bool:
         """Whether the server still says the same of the federation and of this device's part in it.
@@ -89,7 +98,12 @@ class Membership:
                     "checkpoints, or start a new run."
                 )
             _log.info("Instruction %s", key)
-            reply = encode_message(app(message, context))
+            answer = (
+                app(message, context)
+                if self._emulation is None
+                else self._emulation.work(app, message, context)
+            )
+            reply = encode_message(answer)
             state.commit(key, reply, context.state, round)
             return Answer(reply)
         except Exception as error:  # whatever the app raised, the server hears of it first

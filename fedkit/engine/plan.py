@@ -14,6 +14,8 @@ from fedkit.data.names import (
     public_parts,
     resolve_public,
 )
+from fedkit.devices.profiles import profiles
+from fedkit.engine.stopping import check_rules
 from fedkit.errors import UsageError
 from fedkit.registry import OWN_CODE, allow, code_of, load, names, split
 from fedkit.security.settings import ServerSecurity, check_server, is_loopback
@@ -108,6 +110,7 @@ def make_plan(values: Mapping[str, Value], *, local: bool = False) -> Plan:
     if federation.public != "auto":
         allow(public_parts(federation)[0])
     check_names(federation)
+    check_rules(federation)
     federation = resolve_public(federation)
     if federation.min_clients > federation.num_shards:
         raise UsageError(
@@ -202,3 +205,5 @@ def _check_local(federation: FederationSettings, run: RunSettings) -> None:
         )
     for name in _model_names(run.models):
         check("models", name)
+    if run.emulate:
+        profiles(run.emulate)

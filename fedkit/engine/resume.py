@@ -9,7 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from fedkit.engine.checkpoint import Checkpoint, Checkpoints
-from fedkit.engine.events import Event
+from fedkit.engine.events import Event, Listener
 from fedkit.engine.history import History
 from fedkit.engine.plan import Plan, make_plan
 from fedkit.engine.state import ROUNDS_KEPT
@@ -36,6 +36,7 @@ _FREE = frozenset(
             for f in fields(kind)
         ),
         *("rounds", "min-clients", "round-timeout", "quorum", "below-quorum", "rejoin-wait"),
+        *("until", "patience", "max-seconds", "max-bytes", "target"),
     }
 )
 
@@ -96,10 +97,11 @@ def _compare(run: Path, name: str, was: Value, now: Value) -> None:
         )
 
 
-def last_good(run: Path, history: History) -> Checkpoint | None:
-    """The newest checkpoint that is whole and fits the recorded events, which ``history`` takes in.
+def last_good(run: Path, history: History, *listeners: Listener) -> Checkpoint | None:
+    """The newest checkpoint that is whole and fits the recorded events.
 
-    None if the run was stopped before its first.
+    ``history`` takes these in, and so do the other ``listeners``. None if the run was stopped before its
+    first.
 
     Raises:
         FedkitError: the checkpoints that are left are too old: clients would train again on models that
@@ -107,7 +109,9 @@ def last_good(run: Path, history: History) -> Checkpoint | None:
     """
     begun = 0
     for record in read_events(run, everything=True):
-        history.take(Event(**{name: value for name, value in record.items() if name != "time"}))
+        event = Event(**{name: value for name, value in record.items() if name != "time"})
+        for take in (history.take, *listeners):
+            take(event)
         begun = max(begun, record["round"] or 0)
     found = None
     for checkpoint in Checkpoints(run).newest():

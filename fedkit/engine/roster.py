@@ -31,6 +31,7 @@ class Member:
         parameters: scalars in its model.
         device: where it computes.
         codecs: the names of the codecs that it knows.
+        tags: words by which its owner wants it to be found.
     """
 
     node_id: int
@@ -41,6 +42,7 @@ class Member:
     parameters: int
     device: str
     codecs: tuple[str, ...]
+    tags: tuple[str, ...] = ()
 
 
 @runtime_checkable
@@ -238,6 +240,7 @@ def read_member(node_id: int, content: RecordDict) -> Member:
         parameters=parameters,
         device=device,
         codecs=_words(facts["codecs"]),
+        tags=_words(facts.get("tags", [])),
     )
 
 

@@ -20,16 +20,21 @@ class RoundGrid(Grid):
         self._grid = grid
         self.members = members
         self.deadline = deadline
+        # Whose answers the round rests on: all, until a selector stops some of them early.
+        self.counted = frozenset(member.client for member in members)
+        self.stopped: frozenset[int] = frozenset()
         # How much of the time that is left one sending may take.
         self.share = 1.0
         self.waited = 0.0
+        # Seconds that the last sending was given.
+        self.allowed = 0.0
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterable[Message]:
         """Replies in client order; ``timeout`` can only shorten what is left of the round."""
         left = max(0.0, self.deadline - time.monotonic()) * self.share
-        wait = left if timeout is None else min(left, timeout)
+        wait = self.allowed = left if timeout is None else min(left, timeout)
         started = time.monotonic()
         replies = self._grid.send_and_receive(messages, timeout=wait)
         order = {member.node_id: at for at, member in enumerate(self.members)}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedkit import __version__
 from fedkit.engine.events import REWIND, Event, Listener
-from fedkit.engine.history import History
+from fedkit.engine.history import ALL_DONE, History
 from fedkit.engine.lobby import Lobby
 from fedkit.engine.metrics import Metrics, metrics_address
 from fedkit.engine.nodes import Known, NodeFile, read_nodes
@@ -161,8 +161,8 @@ class _Run:
             if where is not None:
                 self._metrics.watch(self._link)
                 _log.info("Metrics at %s.", self._metrics.serve(*where))
-            self._run_all(resume)
-            status, reason = "completed", "all rounds are done"
+            reason = self._run_all(resume) or ALL_DONE
+            status = "completed"
         except KeyboardInterrupt:
             status, reason = "stopped", "it was asked to stop"
             raise
@@ -189,15 +189,19 @@ class _Run:
                 self._metrics.close()
         return summary
 
-    def _run_all(self, resume: bool) -> None:
+    def _run_all(self, resume: bool) -> str | None:
+        """Run it; gives the rule that ended it before its last round, if one did."""
         from fedkit.engine.checkpoint import Checkpoints
         from fedkit.engine.driver import Driver
         from fedkit.engine.facts import ServerView
+        from fedkit.engine.known import Known
         from fedkit.engine.resume import last_good
         from fedkit.flower import take_identity
         from fedkit.link.grid import LinkGrid
 
-        checkpoint = last_good(self._rundir.path, self._history) if resume else None
+        known = Known(self._plan.federation)
+        self._listeners.append(known.take)
+        checkpoint = last_good(self._rundir.path, self._history, known.take) if resume else None
         self._emit(Event("listen", name=self._address))
         take_identity()
         view = ServerView(self._plan)
@@ -211,12 +215,13 @@ class _Run:
             nonlocal arrays, done
             arrays, done = new, server_round
             self._rundir.sync()
-            checkpoints.save(self._progress(server_round), strategy.state, new)
+            selector = getattr(driver.selector, "state", None)
+            checkpoints.save(self._progress(server_round), strategy.state, new, selector)
 
         def why_not(node_id: int, facts: ConfigRecord) -> str | None:
             return self._lobby.why_not(node_id, facts["client"]) or view.why_not(facts)
 
-        self._driver = Driver(
+        self._driver = driver = Driver(
             strategy,
             LinkGrid(self._link, self._federation),
             self._plan.federation,
@@ -225,22 +230,28 @@ class _Run:
             offer=view.offer,
             evaluate_fn=lambda round, arrays: view.measure(strategy.server_models(arrays)),
             round_over=round_over,
+            known=known,
+            elapsed=self._elapsed,
         )
         if checkpoint is not None:
             arrays, done = checkpoint.arrays, checkpoint.progress.round
             first_round = done + 1
             if strategy.state is not None:
                 strategy.state = checkpoint.strategy_state(type(strategy.state))
+            learned = getattr(driver.selector, "state", None)
+            if learned is not None:
+                driver.selector.state = checkpoint.selector_state(type(learned))  # type: ignore[attr-defined]
             self._go_on(checkpoint)
         if resume:
             self._emit(Event(REWIND, first_round, name=f"the run goes on with round {first_round}"))
         self._emit(Event("start", name=self._plan.federation.strategy))
         try:
             back = self._awaited(checkpoint) if checkpoint is not None else set()
-            arrays = self._driver.run(arrays, first_round, back).arrays
+            arrays = driver.run(arrays, first_round, back).arrays
         finally:
             strategy.close()
             view.save(strategy.server_models(arrays), self._rundir.path / "models", done)
+        return driver.stop_reason
 
     def _awaited(self, checkpoint: Checkpoint) -> set[int]:
         """Who was there at the checkpoint, and who has come since; not who had gone before."""

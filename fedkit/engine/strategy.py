@@ -7,7 +7,7 @@ A round is an ordered list of exchanges; each sends instructions (``configure``)
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeAlias
 
@@ -32,11 +32,20 @@ ServerModels: TypeAlias = Mapping[str, tuple[str, ArrayRecord]]
 
 @dataclass(frozen=True)
 class Exchange:
-    """One going and coming of messages in a round."""
+    """One going and coming of messages in a round.
+
+    Attributes:
+        name: what it is called in events.
+        configure: makes the instructions.
+        aggregate: takes the replies.
+        once: whether a client has it once in its life, before the work of its first round: a selector's
+            probe comes after it.
+    """
 
     name: str
     configure: Configure
     aggregate: Aggregate
+    once: bool = False
 
 
 @dataclass(frozen=True)
@@ -138,6 +147,14 @@ class FederatedStrategy(Strategy):
         """Who takes part in this round, in client order."""
         members: Sequence[Member] = grid.members  # type: ignore[attr-defined]
         return members
+
+    def learners(self, grid: Grid, told: Collection[int]) -> list[Member]:
+        """Of this round's members those whose answers count (``told``: client indices), in client order.
+
+        And those that were stopped early, who told nothing but may learn from the others.
+        """
+        stopped: Collection[int] = getattr(grid, "stopped", ())
+        return [m for m in self.members(grid) if m.client in told or m.client in stopped]
 
     def instruct(
         self,

@@ -176,5 +176,7 @@ class LinkGrid(Grid):
             return error_reply(sent, f"its reply can't be read: {error}")
         if reply.has_error():
             return error_reply(sent, plain(reply.error.reason) or "no reason given")
-        # Who answered is what the link knows, not what the reply says of itself.
-        return Message(reply.content, reply_to=sent)
+        # Who answered, and when that was here, is what the link knows, not what the reply says of itself.
+        answer = Message(reply.content, reply_to=sent)
+        answer.metadata.created_at = result.came_at
+        return answer

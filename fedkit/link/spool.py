@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
+import time
 from pathlib import Path
 from typing import IO
 
@@ -17,6 +18,8 @@ class Reply:
 
     def __init__(self, buffers: list[bytes], spool: Spool) -> None:
         self.size = sum(map(len, buffers))
+        # By the clock on the wall, as Flower dates messages.
+        self.came_at = time.time()
         self._buffers: list[bytes] | None = buffers
         self._lengths = list(map(len, buffers))
         self._file: IO[bytes] | None = None

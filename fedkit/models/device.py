@@ -26,3 +26,14 @@ def pick_device(name: str) -> torch.device:
 def repeatable() -> None:
     """The same seed shall give the same numbers on a GPU, too."""
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+
+
+def leave_to_others(device: torch.device) -> None:
+    """Give back what this process holds of a GPU's memory and does not use now.
+
+    Clients that share one GPU take turns more often than not; torch would keep what it once had.
+    """
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif device.type == "mps":
+        torch.mps.empty_cache()

@@ -98,6 +98,12 @@ def one_epoch(count: int, size: int, generator: torch.Generator) -> Iterator[Ten
             yield batch
 
 
+def batches_of(count: int, size: int) -> int:
+    """How many batches an epoch has."""
+    whole, rest = divmod(count, size)
+    return whole + int(rest > 1 or rest == count == 1)
+
+
 def endless(count: int, size: int, generator: torch.Generator) -> Iterator[Tensor]:
     """Epoch after epoch of batches."""
     return chain.from_iterable(one_epoch(count, size, generator) for _ in repeat(None))

@@ -1,0 +1,65 @@
+"""What varies over time, as pure functions of (seed, client, time): asked in any order, always the same.
+
+No trace has a state or must be run from its beginning, so that a client that was killed goes on with the
+device that it had.
+"""
+
+from __future__ import annotations
+
+import math
+from statistics import NormalDist
+
+from fedkit.seeds import derive
+
+SLOT_SECONDS = 60.0
+_STANDARD = NormalDist()
+
+
+def uniform(seed: int, purpose: str, client: int, slot: int = -1) -> float:
+    """A number drawn evenly from (0, 1)."""
+    return (derive(seed, purpose, client, slot) + 0.5) / 2**63
+
+
+def normal(seed: int, purpose: str, client: int, slot: int = -1) -> float:
+    """A standard normal number, within 8 standard deviations."""
+    # The nearest float to the largest draw is 1 itself, of which there is no quantile.
+    drawn = min(max(uniform(seed, purpose, client, slot), 1e-15), 1 - 1e-15)
+    return _STANDARD.inv_cdf(drawn)
+
+
+def slot(at: float) -> int:
+    """The minute that a time (in seconds from the run's start) is in."""
+    return int(at // SLOT_SECONDS)
+
+
+def hour(seed: int, client: int, at: float) -> float:
+    """The hour of a device's own day, in [0, 24); the day begins at an hour drawn for the device."""
+    return (24 * uniform(seed, "day", client) + at / 3600) % 24
+
+
+def evening(hour: float) -> float:
+    """How busy the line is: 1 at 21 h, 0 at 9 h, a cosine between."""
+    return (1 + math.cos(2 * math.pi * (hour - 21) / 24)) / 2
+
+
+def within(hour: float, window: tuple[float, float]) -> bool:
+    """Whether an hour lies in a window, which may run over midnight; (0, 24) holds all."""
+    first, last = window
+    return first <= hour < last if first < last else hour >= first or hour < last
+
+
+def switched_on(seed: int, client: int, at: float, drop: float, back: float) -> bool:
+    """Whether a Markov chain that starts on, in slots of a minute, is on.
+
+    In each slot one draw u decides for both states: u < drop switches off, u >= 1 - back switches on,
+    anything between leaves it; so the state is that of the last slot that decided.
+    """
+    if drop == 0:
+        return True
+    for number in range(slot(at), 0, -1):
+        drawn = uniform(seed, "dropout", client, number)
+        if drawn < drop:
+            return False
+        if drawn >= 1 - back:
+            return True
+    return True

@@ -1,0 +1,154 @@
+"""When a run ends before its last round, and when it first was as good as wanted; outside all algorithms.
+
+What stops a run rests on validation data, time or bytes. Test data stop nothing: a target on them is
+only recorded.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fedkit.engine.events import APART, REWIND, Event
+from fedkit.errors import UsageError
+from fedkit.registry import suggest
+from fedkit.settings import FederationSettings
+
+UNTIL = ("val_accuracy",)
+TARGETS = ("mean_global_accuracy", "mean_personal_accuracy")
+# Of a client that measures both, its own model's counts.
+VALIDATION = ("own_model/own_val/accuracy", "global_model/own_val/accuracy")
+
+
+class Stopping:
+    """The rules of one run, and what they look at; it listens to events."""
+
+    def __init__(self, settings: FederationSettings) -> None:
+        self._settings = settings
+        self._accuracies: dict[int, dict[str, dict[int, float]]] = defaultdict(
+            lambda: {name: {} for name in VALIDATION}
+        )
+        self._bytes: dict[int, int] = defaultdict(int)
+
+    def take(self, event: Event) -> None:
+        """Take one event in."""
+        round = event.round or 0
+        if event.event == REWIND:
+            for by_round in (self._accuracies, self._bytes):
+                for at in [at for at in by_round if at >= round]:
+                    del by_round[at]
+        elif event.event == "bytes" and event.exchange not in APART:
+            self._bytes[round] += event.value
+        elif event.event == "metric" and event.client is not None and event.name in VALIDATION:
+            value = math.nan if event.value is None else float(event.value)
+            self._accuracies[round][event.name][event.client] = value
+
+    def accuracy(self, round: int) -> float:
+        """Mean accuracy on the clients' validation data after that round; NaN if nobody measured."""
+        by_name = self._accuracies.get(round, {})
+        of_client = {
+            client: value for name in reversed(VALIDATION) for client, value in
+            by_name.get(name, {}).items()
+        }  # fmt: skip
+        return statistics.fmean(of_client.values()) if of_client else math.nan
+
+    def used_up(self, seconds: float) -> str | None:
+        """Why no more time or bytes are left, or None.
+
+        Args:
+            seconds: how long the run has taken, over all its processes.
+        """
+        settings = self._settings
+        if settings.max_seconds and seconds >= settings.max_seconds:
+            return f"{seconds:.0f} seconds have passed, and max-seconds is {settings.max_seconds:g}"
+        total = sum(self._bytes.values())
+        if settings.max_bytes and total >= settings.max_bytes:
+            return f"{total:,} bytes have travelled, and max-bytes is {settings.max_bytes:,}"
+        return None
+
+    def good_enough(self) -> str | None:
+        """Why validation accuracy asks for no more rounds, or None."""
+        settings = self._settings
+        measured = {
+            at: value
+            for at in sorted(self._accuracies)
+            if not math.isnan(value := self.accuracy(at))
+        }
+        if not measured:
+            return None
+        if settings.until:
+            name, goal = parse_goal("until", settings.until, UNTIL)
+            reached = next((at for at, value in measured.items() if value >= goal), None)
+            if reached is not None:
+                return f"{name} is {measured[reached]:.4f} after round {reached}, and {goal:g} was wanted"
+        best = max(measured, key=lambda at: (measured[at], -at))
+        waited = max(measured) - best
+        if settings.patience and waited >= settings.patience:
+            return (
+                f"no validation accuracy in {waited} rounds was above the {measured[best]:.4f} of "
+                f"round {best} (patience)"
+            )
+        return None
+
+
+def check_rules(settings: FederationSettings) -> None:
+    """Raise ``UsageError`` for rules that could never be followed."""
+    if settings.until:
+        parse_goal("until", settings.until, UNTIL)
+    if settings.target:
+        parse_goal("target", settings.target, TARGETS)
+    for name, given in (("until", settings.until), ("patience", settings.patience)):
+        if given and not settings.val_fraction:
+            raise UsageError(
+                f"{name} looks at validation data, and there are none: set val-fraction as well, as in "
+                "--val-fraction 0.1."
+            )
+
+
+def parse_goal(setting: str, text: str, known: Sequence[str]) -> tuple[str, float]:
+    """``val_accuracy=0.8`` as its name and number.
+
+    Raises:
+        UsageError: another name, or no number from 0 to 1.
+    """
+    name, equals, number = text.partition("=")
+    name = name.strip()
+    if name not in known:
+        why = ": only validation data may stop a run" if setting == "until" else ""
+        raise UsageError(f"{setting} knows no {name!r}{suggest(name, known)}{why}.")
+    try:
+        goal = float(number) if equals else math.nan
+    except ValueError:
+        goal = math.nan
+    if not 0 <= goal <= 1:
+        raise UsageError(
+            f"{setting} takes NAME=NUMBER with a number from 0 to 1, as in {known[0]}=0.8, not {text!r}."
+        )
+    return name, goal
+
+
+def reached(target: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """The first round whose mean accuracy was at the target, and what it had taken; None: no target.
+
+    Args:
+        target: as in ``mean_global_accuracy=0.8``, or empty.
+        rows: the history, a row for each round.
+
+    Returns:
+        ``name``, ``value`` (wanted), then ``round``, ``seconds`` (of all rounds up to it) and ``bytes``
+        (up and down), null where it was never reached.
+    """
+    if not target:
+        return None
+    name, goal = parse_goal("target", target, TARGETS)
+    found: dict[str, Any] = {"round": None, "seconds": None, "bytes": None}
+    seconds, size = 0.0, 0
+    for row in rows:
+        seconds, size = seconds + row["seconds"], size + row["bytes_up"] + row["bytes_down"]
+        if row[name] is not None and row[name] >= goal:
+            found = {"round": row["round"], "seconds": seconds, "bytes": size}
+            break
+    return {"name": name, "value": goal, **found}

@@ -1,0 +1,1 @@
+"""Selectors: who takes part in a round, a file each."""

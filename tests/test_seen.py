@@ -128,3 +128,24 @@ def test_who_took_part_is_in_the_summary():
     assert [client["rounds"] for client in summary["clients"]] == [1, 1, 1, 0]
     assert summary["fairness"] == pytest.approx(jain([1, 1, 1, 0]))
     json.dumps(summary)
+
+
+def test_who_did_not_answer_stays_known_when_the_round_is_skipped():
+    missed = Event("missed", 1, "train", 0, "seconds", 5.0)
+    start = Event("round_start", 1, value=[0, 1])
+    book = ledger(start, *answered(1, 1), missed, Event(REWIND, 1, name="below the quorum"))
+    assert book.before(2)[0].missed == (1,)
+    assert book.took_part() == {0: 0}
+    again = ledger(start, missed, Event(REWIND, 1), start, *answered(1, 0), *answered(1, 1))
+    assert again.before(2)[0].missed == () and again.took_part() == {0: 1, 1: 1}
+
+
+@pytest.mark.parametrize("seconds", [-1.0, 1e300, math.inf, math.nan])
+def test_a_time_that_can_not_be_is_not_believed(seconds):
+    book = ledger(Event("round_start", 1, value=[0]), *answered(1, 0, seconds=seconds))
+    assert book.before(2)[0].seconds == (0.0,)
+
+
+def test_who_only_says_that_it_heard_has_not_taken_part():
+    book = ledger(Event("round_start", 1, value=[0]), *answered(1, 0, size=0))
+    assert book.took_part() == {0: 0}

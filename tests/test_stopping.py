@@ -169,3 +169,22 @@ def test_the_model_of_a_run_that_ended_early_is_its_last_rounds():
     assert [a.data for a in run.result.arrays.values()] == [
         a.data for a in short.result.arrays.values()
     ]
+
+
+@pytest.mark.parametrize("lie", [1e9, -1e9, math.nan, math.inf, None])
+def test_one_client_that_tells_nonsense_neither_ends_the_run_nor_keeps_it_from_ending(lie):
+    honest = (0.5, 0.6, 0.7)
+    told = rules(*honest, until="val_accuracy=0.65")
+    lied = Stopping(FederationSettings(val_fraction=0.1, until="val_accuracy=0.65"))
+    for round, accuracy in enumerate(honest, 1):
+        lied.take(Event("metric", round, "evaluate", 9, OWN, lie))
+        for client, offset in enumerate((0.01, -0.01)):
+            lied.take(Event("metric", round, "evaluate", client, OWN, accuracy + offset))
+    assert lied.good_enough() == told.good_enough()
+    assert "after round 3" in lied.good_enough()
+
+
+def test_only_what_is_measured_after_a_round_counts():
+    stopping = rules(0.5, until="val_accuracy=0.8")
+    stopping.take(Event("metric", 1, "train", 0, OWN, 1.0))
+    assert stopping.accuracy(1) == pytest.approx(0.5)

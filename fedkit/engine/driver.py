@@ -226,6 +226,9 @@ class Driver:
         wanted = len(grid.counted)
         answered = sum(member.client in grid.counted for member in grid.members)
         needed = math.ceil(self._settings.quorum * wanted - 1e-9)
+        if self._settings.quorum and grid.members and not wanted:
+            # A repeated round keeps its decisions, and of those who were to go on nobody is left.
+            raise _BelowQuorum(f"nobody who was to go on is there after {exchange.name}")
         if answered < needed:
             raise _BelowQuorum(
                 f"{answered} of {wanted} clients were there after {exchange.name}, the quorum is {needed}"

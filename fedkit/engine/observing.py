@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from flwr.app import ConfigRecord, Message, MetricRecord
 
 from fedkit.engine.events import APART, Event, Listener
+from fedkit.engine.seen import LONGEST_S
 from fedkit.flower import is_failure, payload_bytes
 
 METRICS_TAKEN, LONGEST_NAME = 500, 200
@@ -74,7 +75,7 @@ class Observed:
         told = {
             name: value
             for name, value in timing.items()
-            if isinstance(value, float) and math.isfinite(value)
+            if isinstance(value, float) and 0 <= value <= LONGEST_S
         }
         worked = told.get("seconds", math.nan)
         passed = reply.metadata.created_at - self._sent_at.get(node, math.nan)

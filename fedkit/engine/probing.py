@@ -18,9 +18,12 @@ from fedkit.engine.choosing import Chooser
 from fedkit.engine.events import Event, Listener
 from fedkit.engine.roster import Member
 from fedkit.engine.round_grid import RoundGrid
-from fedkit.engine.seen import PROBE
+from fedkit.engine.seen import LONGEST_S, PROBE
 from fedkit.engine.selection import Probe
 from fedkit.engine.strategy import Aggregated, Exchange
+
+# What a client says of itself is bounded: means over all must not hang on one.
+LARGEST_LOSS, LARGEST_BYTES = 1e6, 1 << 48
 
 
 class Probing:
@@ -90,14 +93,14 @@ def as_probes(messages: Iterable[Message]) -> Iterator[Message]:
 
 
 def read_probe(content: RecordDict) -> Probe:
-    """What a client told of its probe; NaN and 0 stand for what it did not tell."""
+    """What a client told of its probe; NaN and 0 stand for what it did not tell, or can't be meant."""
     told = content.metric_records.get("metrics", MetricRecord())
     timing = content.config_records.get("timing", ConfigRecord())
     size = told.get("upload-bytes")
     return Probe(
-        loss=_number(told.get("probe_loss")),
-        seconds=_number(timing.get("seconds")),
-        upload_bytes=size if isinstance(size, int) and size >= 0 else 0,
+        loss=_number(told.get("probe_loss"), -LARGEST_LOSS, LARGEST_LOSS),
+        seconds=_number(timing.get("seconds"), 0.0, LONGEST_S),
+        upload_bytes=size if isinstance(size, int) and 0 <= size <= LARGEST_BYTES else 0,
     )
 
 
@@ -120,5 +123,6 @@ def _alike(some: RecordDict, others: RecordDict) -> bool:
     )
 
 
-def _number(value: object) -> float:
-    return float(value) if isinstance(value, int | float) else math.nan
+def _number(value: object, least: float, most: float) -> float:
+    fits = isinstance(value, int | float) and least <= value <= most
+    return float(value) if fits else math.nan  # type: ignore[arg-type]

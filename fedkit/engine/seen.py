@@ -13,6 +13,7 @@ from fedkit.engine.events import APART, REWIND, Event
 from fedkit.engine.selection import Seen
 
 PROBE = "probe"
+LONGEST_S = 1e7
 
 
 @dataclass
@@ -41,7 +42,11 @@ class Ledger:
         """Take one event in."""
         round = event.round or 0
         if event.event == REWIND:
+            # Of a round that is skipped it stays known who did not answer; one that is run again
+            # begins anew.
+            missed = {c: part for c, part in self._rounds.get(round, {}).items() if part.missed}
             self._rounds = {at: parts for at, parts in self._rounds.items() if at < round}
+            self._rounds |= {round: missed} if missed else {}
         elif event.event == "round_start":
             self._rounds[round] = {client: _Part() for client in event.value or ()}
         elif event.event == "kept":
@@ -135,10 +140,11 @@ def _note(part: _Part, event: Event) -> None:
         else:
             part.seconds += value
     elif event.event == "bytes" and event.name == "bytes_up":
-        part.answered = True
+        # Who only says that it has heard has not taken part.
+        part.answered = part.answered or value > 0
         part.bytes_up += value
-    elif event.event == "timing" and value < 0:
-        pass  # no time runs backwards, whatever a client says
+    elif event.event == "timing" and not 0 <= value <= LONGEST_S:
+        pass  # no time runs backwards, nor for months, whatever a client says
     elif event.event == "timing" and event.name == "seconds":
         if probing:
             part.probe_seconds = value

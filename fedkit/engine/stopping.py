@@ -42,9 +42,8 @@ class Stopping:
                     del by_round[at]
         elif event.event == "bytes" and event.exchange not in APART:
             self._bytes[round] += event.value
-        elif event.event == "metric" and event.client is not None and event.name in VALIDATION:
-            value = math.nan if event.value is None else float(event.value)
-            self._accuracies[round][event.name][event.client] = value
+        elif event.exchange == "evaluate" and event.client is not None and _is_measured(event):
+            self._accuracies[round][str(event.name)][event.client] = float(event.value)
 
     def accuracy(self, round: int) -> float:
         """Mean accuracy on the clients' validation data after that round; NaN if nobody measured."""
@@ -92,6 +91,11 @@ class Stopping:
                 f"round {best} (patience)"
             )
         return None
+
+
+def _is_measured(event: Event) -> bool:
+    # One client that tells nonsense must not end the run of all, nor keep it from ending.
+    return event.name in VALIDATION and event.value is not None and 0 <= event.value <= 1
 
 
 def check_rules(settings: FederationSettings) -> None:

@@ -215,7 +215,9 @@ def test_a_policy_that_was_saved_decides_as_before(tmp_path):
     assert again.settings == policy.settings and again.objective == policy.objective
     assert again.about["episodes"] == 3 and "fedkit" in again.about
     assert same(again.team.arrays(), policy.team.arrays())
-    rows = np.random.default_rng(0).standard_normal((9, 10)).astype(np.float32)
+    rows = (
+        np.random.default_rng(0).standard_normal((9, len(policy.standard.mean))).astype(np.float32)
+    )
     assert (again.standard(rows) == policy.standard(rows)).all()
     selector = fedmarl(str(tmp_path / "p.safetensors"))
     for number in range(1, 5):
@@ -232,7 +234,7 @@ def test_a_damaged_or_foreign_file_is_refused_in_a_sentence(tmp_path):
         "text": b"no policy at all",
         "cut": whole[: len(whole) // 2],
         "flipped": whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:],
-        "schema": whole.replace(b'schema\\": 1', b'schema\\": 7'),
+        "schema": whole.replace(b'schema\\": 2', b'schema\\": 7'),
         "hidden": whole.replace(b'hidden\\": 16', b'hidden\\": 61'),
         "word": whole.replace(b'mixing\\": \\"vdn', b'mixing\\": \\"xyz'),
     }.items():

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from fedmarl_toys import policy_of, view
+from fedmarl_toys import policy_of, probes_of, view
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,7 +18,7 @@ from strategies.selectors.fedmarl_settings import FedMARLSettings
 from strategies.selectors.replay import Replay, Transition
 from strategies.selectors.reward import Units, team_reward, total, utility, worth
 
-FEATURES = 10
+FEATURES = width(3)
 SEEDS = st.integers(0, 2**32 - 1)
 
 
@@ -213,10 +213,31 @@ def test_features_are_what_they_are_said_to_be():
         [0.0, 0.0],
         [math.log(1 / 2), math.log(3 / 2)],
         [0.0, 0.0],
+        [math.log(4 / 6), math.log(8 / 6)],
         [3 / 12] * 2,
     ]
     assert rows.shape == (2, width(2)) and rows.dtype == np.float32
     np.testing.assert_allclose(rows.T, wanted, atol=1e-6)
+
+
+def test_the_finish_that_is_expected_is_what_is_left_of_the_work_and_the_upload():
+    """The whole took 3, 5 and 4 probes; 4 - 1 present probes are left. Who never sent takes the mean."""
+    seen = {
+        0: Seen(
+            rounds=(1, 3),
+            seconds=(90.0, 6.0),
+            transfer_seconds=(9.0, 7.0),
+            probed=(1, 2, 3),
+            probe_seconds=(5.0, 5.0, 2.0),
+        ),
+        1: Seen((2,), seconds=(50.0,), transfer_seconds=(1.0,), probed=(2,), probe_seconds=(10.0,)),
+        2: Seen((2,), seconds=(4.0,), transfer_seconds=(4.0,), probed=(2,), probe_seconds=(1.0,)),
+        3: Seen(probed=(3,), probe_seconds=(1.0,)),
+    }
+    here = view(4, range(4), seen)
+    rows = observe(here, here.members, probes_of(range(4)), 1, 9.0)
+    expected = np.array([3 * 1 + 7.0, 3 * 2 + 1.0, 3 * 3 + 4.0, 3 * 4 + 4.0])
+    np.testing.assert_allclose(rows[:, 5], np.log(expected / expected.mean()), rtol=1e-5)
 
 
 def test_known_histories_come_newest_first():

@@ -18,8 +18,9 @@ from strategies.selectors import perceptrons, simulator
 from strategies.selectors.comparison import AsMany, simulate
 from strategies.selectors.fedmarl import FedMARL
 from strategies.selectors.plain import Everyone, Uniform
-from strategies.selectors.simulator import Simulation, read_samples
-from strategies.selectors.training import varied
+from strategies.selectors.policy import load_policy
+from strategies.selectors.simulator import CostsOnly, Simulation, read_samples
+from strategies.selectors.training import FedMARLTrainer, varied
 
 SMALL = SimulationSettings(clients=8, rounds=3, epochs=3, samples=400, hidden=8)
 
@@ -171,6 +172,61 @@ def test_a_network_does_not_depend_on_who_trains_beside_it():
 
     for together, alone in zip(trained([0, 1, 2]), trained([2]), strict=True):
         assert (together == alone).all()
+
+
+def test_where_nobody_trains_a_round_costs_the_same(digits):
+    """Seconds, bytes and who is lost are those of the federation that trains; accuracy stays 0."""
+    trained, costed = (
+        [each.outcome for each in kind(SMALL, digits).run(Probing(lambda client: client % 3))]
+        for kind in (Simulation, CostsOnly)
+    )
+    assert costed == [replace(outcome, accuracy=0.0) for outcome in trained]
+    first, second = (CostsOnly(SMALL, digits), CostsOnly(SMALL, digits))
+    seen = [Probing(lambda client: True) for _ in range(3)]
+    other = CostsOnly(replace(SMALL, seed=2), digits)
+    for probing, federation in zip(seen, (first, second, other), strict=True):
+        federation.run(probing)
+    assert seen[0].probed == seen[1].probed != seen[2].probed
+
+
+def test_cost_episodes_teach_to_drop_the_slowest(digits, tmp_path):
+    """A device in four is thirty times as slow: dropped in training where nothing but seconds counts."""
+    kinds = []
+    for name, slowdown in (("slow", 60), ("fast", 2)):
+        kinds.append(tmp_path / f"{name}.toml")
+        kinds[-1].write_text(
+            f"slowdown={slowdown}\nup-mbit=35\ndown-mbit=79\nlatency=0.01\nspread=0.1\n"
+        )
+    profiles = ",".join(map(str, (kinds[0], *[kinds[1]] * 3)))
+    small = replace(SMALL, profiles=profiles, rounds=6, partition="iid")
+    options = {"cost-episodes": 16, "min-share": 0.75, "history": 1, "discount": 0, "hidden": 16}
+    options |= {"agent-rate": 0.003, "agent-batch": 16, "updates": 4, "epsilon": 0.1}
+    told = []
+
+    def trained(name):
+        FedMARLTrainer.train(
+            small,
+            ObjectiveSettings(w1=0.0, w2=1.0, w3=0.0),
+            options,
+            1,
+            DataSettings(),
+            tmp_path / name,
+            lambda done, of, result, epsilon: told.append((done, of, result.accuracy, epsilon)),
+        )
+        return load_policy(tmp_path / name)
+
+    policy = trained("first")
+    assert [(done, of) for done, of, *_ in told] == [(done, 17) for done in range(1, 18)]
+    assert [accuracy > 0 for _, _, accuracy, _ in told] == [False] * 16 + [True]
+    assert told[0][3] > told[8][3] == told[16][3] == 0.1
+    federation = Simulation(replace(small, seed=99), digits)
+    slow = {m.client for m in federation.members if "slow" in m.name}
+    assert len(slow) == 2
+    for each in federation.run(FedMARL(policy)):
+        assert not slow & set(each.outcome.kept) and len(each.outcome.kept) == 6
+    again = trained("again")
+    assert (tmp_path / "first").read_bytes() == (tmp_path / "again").read_bytes()
+    assert again.settings.cost_episodes == 16
 
 
 def test_federations_of_training_are_not_the_held_out_ones():

@@ -50,7 +50,7 @@ class Trainer(Protocol):
         episodes: int,
         sources: DataSettings,
         out: Path,
-        tell: Callable[[int, Any, float], None],
+        tell: Callable[[int, int, Any, float], None],
     ) -> Any:
         """Train a policy and save it."""
         ...
@@ -104,7 +104,7 @@ def train(
     simulation = build(SimulationSettings, settings)
     objective = build(ObjectiveSettings, settings)
     made: Trainer = load("trainers", trainer)()
-    with _Curve(episodes, quiet=as_json or terminal.quiet) as curve:
+    with _Curve(quiet=as_json or terminal.quiet) as curve:
         trained = made.train(
             simulation, objective, read_overrides(option or []), episodes, sources, out, curve
         )
@@ -139,12 +139,10 @@ def show(
 class _Curve:
     """A progress bar, and ten lines of the learning curve."""
 
-    def __init__(self, episodes: int, *, quiet: bool) -> None:
+    def __init__(self, *, quiet: bool) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
-        self._every = max(episodes // LINES, 1)
-        self._episodes = episodes
         self._recent: list[Any] = []
         self._started = time.monotonic()
         self._bar = Progress(
@@ -156,7 +154,7 @@ class _Curve:
             transient=True,
             disable=quiet,
         )
-        self._task = self._bar.add_task("", total=episodes)
+        self._task = self._bar.add_task("", total=None)
         self._quiet = quiet
 
     def __enter__(self) -> _Curve:
@@ -166,11 +164,10 @@ class _Curve:
     def __exit__(self, *raised: object) -> None:
         self._bar.stop()
 
-    def __call__(self, episode: int, result: Any, epsilon: float) -> None:
-        self._bar.advance(self._task)
+    def __call__(self, done: int, of: int, result: Any, epsilon: float) -> None:
+        self._bar.update(self._task, completed=done, total=of)
         self._recent.append(result)
-        done = episode + 1
-        if self._quiet or (done % self._every and done != self._episodes):
+        if self._quiet or (done % max(of // LINES, 1) and done != of):
             return
         objective, accuracy, kept = (
             sum(getattr(each, name) for each in self._recent) / len(self._recent)

@@ -159,6 +159,8 @@ class Learner:
 
     def goal(self, batch: Batch) -> Tensor:
         """y = r + gamma Q-_tot(s', the action that the present team likes best), B; r after the last."""
+        if not self._settings.discount:
+            return torch.from_numpy(batch.rewards)
         with torch.no_grad():
             states = torch.from_numpy(self._standard(batch.following))
             there = torch.from_numpy(batch.following_there)

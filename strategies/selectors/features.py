@@ -1,4 +1,4 @@
-"""What an agent sees of its client: s_n in R^{2h+4}, in the measure of the clients that are probed with it.
+"""What an agent sees of its client: s_n in R^{2h+5}, in the measure of the clients that are probed with it.
 
 Losses, seconds, bytes and samples are logarithms of their ratio to the mean of the probed clients (ours:
 so a policy holds for networks and devices of another scale); then they are standardised by running
@@ -25,8 +25,8 @@ FARTHEST = 5.0
 
 
 def width(history: int) -> int:
-    """Numbers that an agent sees: 2h + 4."""
-    return 2 * history + 4
+    """Numbers that an agent sees: 2h + 5."""
+    return 2 * history + 5
 
 
 def observe(
@@ -36,11 +36,12 @@ def observe(
     history: int,
     worst_loss: float,
 ) -> NDArray[np.float32]:
-    """The features of those probed, before they are standardised (float32, n x 2h+4).
+    """The features of those probed, before they are standardised (float32, n x 2h+5).
 
     Columns: loss; the last h probing latencies, the present one first; the last h upload latencies,
-    the newest first; upload bytes; samples; which part of the run's rounds this one ends (ours: t alone
-    would mean something else in a run of another length). Where a client has no history yet,
+    the newest first; upload bytes; samples; seconds from the decision to the end that are expected
+    (ours, ``_finish``); which part of the run's rounds this one ends (ours: t alone would mean something
+    else in a run of another length). Where a client has no history yet,
     the mean of those that have stands for it, and 0 where none has.
 
     Args:
@@ -50,7 +51,7 @@ def observe(
         history: h.
         worst_loss: stands for a loss that is no number.
     """
-    losses, latencies, uploads, sizes = [], [], [], []
+    losses, latencies, uploads, sizes, works = [], [], [], [], []
     for member in members:
         probe, seen = probes[member.client], view.seen.get(member.client, Seen())
         losses.append(probe.loss if math.isfinite(probe.loss) else worst_loss)
@@ -60,15 +61,43 @@ def observe(
         latencies.append(_newest([*earlier, probe.seconds], history))
         uploads.append(_newest(seen.transfer_seconds, history))
         sizes.append(probe.upload_bytes)
+        works.append(_work(seen))
     columns = [
         _relative(losses),
         *(_relative(column) for column in np.array(latencies).T),
         *(_relative(column) for column in np.array(uploads).T),
         _relative(sizes),
         _relative([member.examples for member in members]),
+        _relative(_finish(latencies, uploads, works)),
         np.full(len(members), view.round / max(view.rounds, view.round, 1)),
     ]
     return np.stack(columns, axis=1).astype(np.float32)
+
+
+def _work(seen: Seen) -> float:
+    """How many times as long as its probe a client's whole work took, when it last was through; or NaN."""
+    probes = dict(zip(seen.probed, seen.probe_seconds, strict=False))
+    last = probes.get(seen.rounds[-1], 0.0) if seen.rounds else 0.0
+    return seen.seconds[-1] / last if last > 0 else math.nan
+
+
+def _finish(
+    latencies: Sequence[Sequence[float]],
+    uploads: Sequence[Sequence[float]],
+    works: Sequence[float],
+) -> NDArray[np.float64]:
+    """Seconds that each would take from the decision to the end of its upload.
+
+    The present probe times what the probed clients' whole work is of a probe beyond it (the median: all
+    are given the same epochs), and the last upload, or the mean of those known.
+    """
+    known = np.array(works)[np.isfinite(works)]
+    beyond = max(float(np.median(known)) - 1, 0.0) if len(known) else 1.0
+    last = np.array([column[0] for column in uploads])
+    sending = np.isfinite(last)
+    missing = last[sending].mean() if sending.any() else 0.0
+    expected: NDArray[np.float64] = beyond * np.array([column[0] for column in latencies])
+    return expected + np.where(sending, last, missing)
 
 
 def _newest(values: Sequence[float], history: int) -> list[float]:

@@ -67,9 +67,18 @@ class FedMARLSettings:
         maximum=0.99,
         source=OURS,
     )
+    cost_episodes: int = setting(
+        0,
+        "federations before all others in which nobody trains and only seconds and bytes are paid for, "
+        "so that accuracy's noise does not hide what a client costs",
+        unit="episodes",
+        minimum=0,
+        source=OURS,
+    )
     epsilon: float = setting(
         0.05,
-        "how often an agent acts at random, after it fell from 1 in the first half of training",
+        "how often an agent acts at random, after it fell from 1 in the first half of the cost episodes, "
+        "or of training where there are none",
         minimum=0,
         maximum=1,
         source=OURS,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,10 +24,11 @@ from fedkit.devices.settings import SimulationSettings
 from fedkit.engine.roster import Member
 from fedkit.engine.selection import Outcome, Probe, Seen, Selector, View
 from fedkit.errors import UsageError
-from fedkit.seeds import derive, numpy_generator
+from fedkit.seeds import numpy_generator
 from fedkit.settings import DataSettings
-from strategies.selectors import perceptrons
-from strategies.selectors.perceptrons import Floats, Indices, Weights
+from strategies.selectors import local_training, perceptrons
+from strategies.selectors.local_training import Local, Training, Untrained
+from strategies.selectors.perceptrons import Floats, Indices
 
 # So many samples, at most, validate a round, and as many measure it.
 MEASURED = 2000
@@ -104,7 +105,7 @@ def read_samples(spec: str, sources: DataSettings) -> Samples:
 def code_digest() -> str:
     """SHA-256 (hex) of the code that simulates, by which a policy says what it was trained on."""
     sha = hashlib.sha256()
-    for module in (clock, device, profiles, traces, perceptrons):
+    for module in (clock, device, profiles, traces, local_training, perceptrons):
         sha.update(Path(str(module.__file__)).read_bytes())
     sha.update(Path(__file__).read_bytes())
     return sha.hexdigest()
@@ -176,7 +177,7 @@ class Simulation:
         here = [m for m in self.members if self.devices[m.client].available(began)]
         view = self._view(number, here)
         chosen = sorted(m.client for m in selector.choose(view)) or [m.client for m in here]
-        trained = _Local(self, number, chosen)
+        trained = self._training(number, chosen)
         slowest = 0.0
         kept, first = chosen, 0
         if selector.probes:
@@ -191,20 +192,34 @@ class Simulation:
             self._weights = trained.average(came, self.settings.epochs)
         slowest += latest
         self._clock.advance(slowest)
-        samples = self._samples
+        accuracy, measured = self._accuracies()
         outcome = Outcome(
             round=number,
-            accuracy=perceptrons.accuracy(self._weights, samples.val_inputs, samples.val_labels),
+            accuracy=accuracy,
             seconds=slowest,
             bytes_up=sum(self.up_bytes[client] for client in came),
             kept=tuple(came),
             lost=tuple(lost),
         )
         selector.learn(outcome)
-        measured = perceptrons.accuracy(self._weights, samples.test_inputs, samples.test_labels)
         return Round(outcome, measured, tuple(chosen))
 
-    def _probe(self, number: int, trained: _Local, began: float) -> tuple[dict[int, Probe], float]:
+    def _training(self, number: int, chosen: Sequence[int]) -> Training:
+        """What those chosen do in a round."""
+        inputs, labels = self._samples.inputs, self._samples.labels
+        return Local(self.settings, inputs, labels, self._shards, self._weights, number, chosen)
+
+    def _accuracies(self) -> tuple[float, float]:
+        """Of the global network, on the validation half and on the other one."""
+        weights, samples = self._weights, self._samples
+        return (
+            perceptrons.accuracy(weights, samples.val_inputs, samples.val_labels),
+            perceptrons.accuracy(weights, samples.test_inputs, samples.test_labels),
+        )
+
+    def _probe(
+        self, number: int, trained: Training, began: float
+    ) -> tuple[dict[int, Probe], float]:
         """What those probed tell, and how long the slowest took; the lost take the timeout."""
         probes, slowest = {}, 0.0
         losses = trained.losses(1)
@@ -221,7 +236,7 @@ class Simulation:
         return probes, slowest
 
     def _finish(
-        self, number: int, trained: _Local, kept: Sequence[int], done: int, began: float
+        self, number: int, trained: Training, kept: Sequence[int], done: int, began: float
     ) -> tuple[list[int], list[int], float]:
         """Who came, who was lost, and how long the slowest took from the epochs ``done`` on."""
         came, lost, slowest = [], [], 0.0
@@ -286,47 +301,14 @@ class Simulation:
         self._seen[client] = replace(seen, **longer)
 
 
-class _Local:
-    """The local training of one round, done as far as somebody asks for it."""
+class CostsOnly(Simulation):
+    """A federation whose networks are not trained: seconds and bytes alone, in milliseconds a round.
 
-    def __init__(self, of: Simulation, number: int, clients: Sequence[int]) -> None:
-        self._of = of
-        self._number = number
-        shards = of._shards
-        # The most samples first, as perceptrons want it.
-        self.clients = sorted(clients, key=lambda client: (-len(shards[client]), client))
-        self._stack = perceptrons.copies(of._weights, len(self.clients))
-        self._done = 0
-        self._losses: dict[int, float] = {}
+    Accuracy stays 0. A loss is drawn anew for each client and round, and so says nothing of either.
+    """
 
-    def losses(self, epochs: int, kept: Sequence[int] | None = None) -> Mapping[int, float]:
-        """Each one's mean loss in the last of so many epochs; only those ``kept`` train on."""
-        if kept is not None and len(kept) < len(self.clients):
-            at = [place for place, client in enumerate(self.clients) if client in set(kept)]
-            self.clients = [self.clients[place] for place in at]
-            self._stack = perceptrons.some(self._stack, at)
-        while self.clients and self._done < epochs:
-            settings, samples = self._of.settings, self._of._samples
-            trained = perceptrons.train_epoch(
-                self._stack,
-                samples.inputs,
-                samples.labels,
-                [self._order(client) for client in self.clients],
-                rate=settings.learning_rate,
-                batch=settings.batch_size,
-            )
-            self._losses.update(zip(self.clients, trained.tolist(), strict=True))
-            self._done += 1
-        return self._losses
+    def _training(self, number: int, chosen: Sequence[int]) -> Training:
+        return Untrained(self.settings.seed, number, chosen, self._weights)
 
-    def average(self, came: Sequence[int], epochs: int) -> Weights:
-        """The mean of those that came, after all their epochs."""
-        self.losses(epochs, came)
-        counts = [len(self._of._shards[client]) for client in self.clients]
-        return perceptrons.mean(self._stack, counts)
-
-    def _order(self, client: int) -> Indices:
-        seed = derive(self._of.settings.seed, f"epoch {self._done}", client, self._number)
-        shard = self._of._shards[client]
-        order: Indices = shard[np.random.default_rng(seed).permutation(len(shard))]
-        return order
+    def _accuracies(self) -> tuple[float, float]:
+        return 0.0, 0.0

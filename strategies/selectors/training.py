@@ -1,4 +1,9 @@
-"""Training FedMARL's agents on simulated federations, one after another, each with another seed."""
+"""Training FedMARL's agents on simulated federations, one after another, each with another seed.
+
+If wanted, federations in which nobody trains come first (``cost_episodes``, ours): a round is as slow as
+the slowest of those that go on, so one client's share in it is small, and a round's accuracy fluctuates
+by more than it is worth.
+"""
 
 from __future__ import annotations
 
@@ -15,14 +20,14 @@ from strategies.selectors.fedmarl import FedMARL, Learning
 from strategies.selectors.fedmarl_settings import FedMARLSettings
 from strategies.selectors.policy import Policy, describe, load_policy, save_policy
 from strategies.selectors.reward import Units
-from strategies.selectors.simulator import Simulation, code_digest, read_samples
+from strategies.selectors.simulator import CostsOnly, Simulation, code_digest, read_samples
 
 # Federations that no policy is trained on, by which it is compared.
 HELD_OUT = 5
 # How far federations of training differ: costs of computing and of sending, as powers of ten.
 COSTS = 0.5
 UPLOADS = 0.5
-Tell = Callable[[int, Result, float], None]
+Tell = Callable[[int, int, Result, float], None]
 
 
 @dataclass(frozen=True)
@@ -57,10 +62,11 @@ class FedMARLTrainer:
             simulation: the federations; costs of computing and sending vary around its.
             objective: what the team is paid for.
             options: hyper-parameters by outside name.
-            episodes: how many federations.
+            episodes: how many federations, beside the cost episodes.
             sources: where this machine keeps data sets.
             out: the file.
-            tell: called after each episode with its number, its result and epsilon.
+            tell: called after each episode with how many are done, of how many, its result (accuracy 0 in
+                a cost episode) and epsilon.
 
         Raises:
             UsageError: a setting that is none, or out of its range.
@@ -69,14 +75,24 @@ class FedMARLTrainer:
         refuse_unknown(options, [FedMARLSettings])
         samples = read_samples(simulation.dataset, sources)
         policy = Policy.untrained(build(FedMARLSettings, options), objective, simulation.seed)
-        learning = Learning(policy, seed=simulation.seed, falling=episodes * simulation.rounds // 2)
-        selector = FedMARL(policy, learning)
-        for episode in range(episodes):
-            federation = Simulation(varied(simulation, episode), samples)
+        costs = policy.settings.cost_episodes
+        cheap = replace(simulation, seed=derive(simulation.seed, "costs alone"))
+        falling = (costs or episodes) * simulation.rounds // 2
+        learning = Learning(policy, seed=simulation.seed, falling=falling)
+        for episode in range(costs + episodes):
+            if episode == costs > 0:
+                # Rounds without accuracy would tell that it is worth nothing.
+                learning = Learning(policy, seed=simulation.seed)
+            federation = (
+                CostsOnly(varied(cheap, episode), samples)
+                if episode < costs
+                else Simulation(varied(simulation, episode - costs), samples)
+            )
             learning.units = units = Units(*federation.full_round())
-            rounds = federation.run(selector)
+            rounds = federation.run(FedMARL(policy, learning))
             learning.end()
-            tell(episode, result_of(rounds, units, objective), learning.epsilon)
+            result = result_of(rounds, units, objective)
+            tell(episode + 1, costs + episodes, result, learning.epsilon)
         results = compare(policy, simulation, objective, sources)
         about = {
             "simulation": as_config(simulation),

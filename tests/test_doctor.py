@@ -443,3 +443,18 @@ def test_certificates_that_are_none(tmp_path):
     (tmp_path / "ca.pem").write_text("nonsense")
     found = find_tls("127.0.0.1", "127.0.0.1", free_port(), authority=tmp_path / "ca.pem")
     assert found.status == FAIL and "can't be used" in found.text
+
+
+def test_data_of_a_devices_own_are_not_looked_for_at_the_servers_place(monkeypatch):
+    monkeypatch.delenv("FEDKIT_DATA_ROOT", raising=False)
+    config = {"dataset": "own:cat,dog", "public": "folder:/srv/public:50"}
+    found = examine.find_data(config, "ab", DataSettings())
+    assert found.status == OK and "brings its own data" in found.text
+
+
+def test_a_public_set_that_is_not_here_is_a_warning_since_it_is_sent(monkeypatch):
+    monkeypatch.delenv("FEDKIT_DATA_ROOT", raising=False)
+    found = examine.find_data({"public": "mnist:50"}, "ab", DataSettings())
+    assert found.status == WARNING and "the server sends its own" in found.text
+    lacking = examine.find_data({"dataset": "mnist"}, "ab", DataSettings())
+    assert lacking.status == FAIL and "--data-root" in lacking.text

@@ -8,8 +8,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from fedkit.data.names import OWN, public_parts, resolve_public
 from fedkit.errors import FedkitError
 from fedkit.link.reach import FAIL, OK, WARNING, Finding
+from fedkit.registry import split
 from fedkit.settings import DataSettings, FederationSettings, build
 
 # What a client with a small network takes: torch alone is half a gigabyte.
@@ -99,9 +101,12 @@ def find_data(run_config: dict[str, Any], digest: str | None, sources: DataSetti
 
     try:
         settings = build(FederationSettings, run_config)
+        if split(settings.dataset)[0] == OWN:
+            text = "every device brings its own data; `fedkit data check` tells what they give"
+            return Finding("data", OK, text, {"dataset": settings.dataset})
         data = cut(settings, sources)
     except FedkitError as error:
-        return Finding("data", FAIL, str(error))
+        return _without_public(run_config, sources) or Finding("data", FAIL, str(error))
     ours, public = data.public_digest, data.settings.public
     values = {"dataset": settings.dataset, "public": public, "sha256": ours}
     if digest is None:
@@ -115,3 +120,23 @@ def find_data(run_config: dict[str, Any], digest: str | None, sources: DataSetti
         return Finding("data", FAIL, text, values)
     text = f"{settings.dataset} is here, and the public set {public} is the server's"
     return Finding("data", OK, text, values)
+
+
+def _without_public(run_config: dict[str, Any], sources: DataSettings) -> Finding | None:
+    """A warning if the public set alone is not here: another data set, which the server may send."""
+    from fedkit.data.datasets import open_dataset
+
+    try:
+        settings = build(FederationSettings, run_config)
+        name, _ = public_parts(resolve_public(settings))
+        open_dataset(settings.dataset, sources)
+    except FedkitError:
+        return None
+    if name == settings.dataset:
+        return None
+    text = (
+        f"{settings.dataset} is here, and the public set {settings.public} is not, or does not fit: the "
+        "server sends its own, unless it was started with --no-send-public."
+    )
+    values = {"dataset": settings.dataset, "public": settings.public}
+    return Finding("data", WARNING, text, values)

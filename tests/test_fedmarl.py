@@ -12,9 +12,10 @@ from fedkit.devices.settings import ObjectiveSettings
 from fedkit.engine.selection import Outcome, Probe, Selector
 from fedkit.engine.strategy_state import load_state, save_state
 from fedkit.errors import FedkitError, UsageError
-from strategies.selectors.fedmarl import FedMARL, FedMARLState, Learning, fedmarl
+from strategies.selectors.fedmarl import FedMARL, FedMARLState, Learning
 from strategies.selectors.policy import SHIPPED, load_policy, save_policy
 from strategies.selectors.reward import Units
+from strategies.selectors.trained import fedmarl
 
 
 def kept(selector, here, probes):

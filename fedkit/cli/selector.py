@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -100,6 +101,9 @@ def train(
     as_json = wants_json(format)
     if not out.parent.is_dir():
         raise UsageError(f"There is no folder {out.parent} for the policy: make it first.")
+    # Before the minutes that training takes.
+    if out.is_dir() or not os.access(out.parent, os.W_OK):
+        raise UsageError(f"{out} is a folder, or in one that can't be written: give a file's name.")
     sources = build(DataSettings, settings)
     simulation = build(SimulationSettings, settings)
     objective = build(ObjectiveSettings, settings)

@@ -38,9 +38,14 @@ class SimulationSettings:
         "ResNet-18 on one core)",
         unit="ms",
         above=0,
+        maximum=1e6,
     )
     upload_kb: float = setting(
-        45_000.0, "size of what is sent either way (as of a ResNet-18)", unit="kB", above=0
+        45_000.0,
+        "size of what is sent either way (as of a ResNet-18)",
+        unit="kB",
+        above=0,
+        maximum=1e9,
     )
     upload_spread: float = setting(
         0.0,

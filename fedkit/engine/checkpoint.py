@@ -27,7 +27,7 @@ from fedkit.engine.roster import Member
 from fedkit.engine.strategy_state import load_state, save_state
 from fedkit.errors import FedkitError
 
-SCHEMA = 1
+SCHEMA = 2
 STRATEGY, ARRAYS, ABOUT = "strategy.safetensors", "arrays.safetensors", "checkpoint.json"
 SELECTOR = "selector.safetensors"
 # Whatever a file that is no longer whole may lead to.

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,29 +17,11 @@ from numpy.typing import NDArray
 
 from fedkit.engine.roster import Member
 from fedkit.engine.selection import Outcome, Probe, View
-from fedkit.errors import UsageError
 from strategies.selectors.agents import Learner, greedy
 from strategies.selectors.features import observe
-from strategies.selectors.policy import SHIPPED, Policy, load_policy
+from strategies.selectors.policy import Policy
 from strategies.selectors.replay import Transition
 from strategies.selectors.reward import Units, team_reward
-
-
-def fedmarl(argument: str | None) -> FedMARL:
-    """fedmarl[:POLICY][,learn]: trained agents keep or stop each client after a probing epoch.
-
-    POLICY is a file of `fedkit selector train`; without it, or named default, the policy that ships with
-    fedkit. With learn the agents go on learning from the rounds of this run, which must be measured on
-    validation data.
-    """
-    name, comma, word = (argument or "default").partition(",")
-    if (comma and word != "learn") or not name:
-        raise UsageError(
-            f"fedmarl takes a policy's file, as in fedmarl:mine.safetensors or fedmarl:default,learn, "
-            f"not {argument!r}."
-        )
-    policy = load_policy(SHIPPED if name == "default" else Path(name))
-    return FedMARL(policy, Learning(policy) if comma else None)
 
 
 class FedMARL:

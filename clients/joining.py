@@ -12,7 +12,6 @@ from fedkit.data.agreement import Agreement, read_agreement
 from fedkit.data.datasets import open_dataset
 from fedkit.data.names import OWN, public_parts
 from fedkit.data.public import PublicSet
-from fedkit.data.samples import Form
 from fedkit.data.splits import FederatedData, cut, own_data, public_set
 from fedkit.errors import FedkitError
 from fedkit.registry import split
@@ -61,7 +60,7 @@ def federated_data(
             raise FedkitError(
                 "This server does not tell its classes: own data can't be used in it."
             )
-        dataset = open_dataset(own, sources, Form(agreement.shape, agreement.columns))
+        dataset = open_dataset(own, sources, agreement.form)
         public = _public_set(context, settings, sources, agreement)
         return own_data(settings, dataset, agreement, public)
     if split(settings.dataset)[0] == OWN:
@@ -82,8 +81,7 @@ def _public_set(
     if kept is not None:
         return kept
     try:
-        form = Form(agreement.shape, agreement.columns)
-        return public_set(settings, open_dataset(name, sources, form))
+        return public_set(settings, open_dataset(name, sources, agreement.form))
     except FedkitError as error:
         raise PublicMissing(str(error)) from error
 

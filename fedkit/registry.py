@@ -56,6 +56,11 @@ def allow(*specs: str) -> None:
         _allowed.update({spec} | {code for code in codes if code is not None})
 
 
+def listed(text: str) -> list[str]:
+    """The names in ``--allow``: several with ; between."""
+    return [spec for spec in (part.strip() for part in text.split(";")) if spec]
+
+
 def is_allowed(spec: str) -> bool:
     """Whether this process's own command line named ``spec``."""
     return spec in _allowed

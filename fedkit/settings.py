@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 from fedkit.errors import UsageError
-from fedkit.registry import allow, suggest
+from fedkit.registry import allow, listed, suggest
 
 Value = bool | int | float | str
 T = TypeVar("T")
@@ -189,7 +189,7 @@ class DataSettings:
     )
 
     def __post_init__(self) -> None:
-        allow(*(spec.strip() for spec in self.allow.split(";") if spec.strip()))
+        allow(*listed(self.allow))
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated, Any
 
 import typer
 
 from fedkit import registry
+from fedkit.cli.findings import tell
 from fedkit.cli.options import Format, wants_json, with_settings
 from fedkit.settings import DataSettings, build
 
@@ -52,23 +52,5 @@ def check(
         named += [public, public.rpartition(":")[0]]
     registry.allow(*named)
     from fedkit.data.examine import examine
-    from fedkit.link.reach import FAIL
 
-    findings = []
-    for finding in examine(dataset, sources, public):
-        findings.append(finding)
-        if not as_json:
-            print(f"{finding.status:<8}{finding.check:<12}{_printable(finding.text)}", flush=True)
-    broken = any(finding.status == FAIL for finding in findings)
-    if as_json:
-        listed = [
-            {"check": f.check, "status": f.status, "text": f.text, **f.values} for f in findings
-        ]
-        print(json.dumps({"dataset": dataset, "ok": not broken, "findings": listed}, indent=2))
-    if broken:
-        raise typer.Exit(1)
-
-
-def _printable(text: str) -> str:
-    # Names of files and classes are anybody's.
-    return "".join(letter if letter.isprintable() else "?" for letter in text)
+    tell(examine(dataset, sources, public), {"dataset": dataset}, width=12, as_json=as_json)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from fedkit.cli.findings import tell
 from fedkit.cli.options import (
     LOCAL_SERVER,
     Format,
@@ -71,20 +71,9 @@ def doctor(
     host, port = _split(server)
     security = build(ClientSecurity, settings)
     check_client(server, security)
-    findings = []
     sources = build(DataSettings, settings)
-    for finding in _examine(server, host, port, security, device, state_dir, sources):
-        findings.append(finding)
-        if not as_json:
-            print(f"{finding.status:<8}{finding.check:<11}{_printable(finding.text)}", flush=True)
-    failed = any(finding.status == FAIL for finding in findings)
-    if as_json:
-        listed = [
-            {"check": f.check, "status": f.status, "text": f.text, **f.values} for f in findings
-        ]
-        print(json.dumps({"server": server, "ok": not failed, "findings": listed}, indent=2))
-    if failed:
-        raise typer.Exit(1)
+    found = _examine(server, host, port, security, device, state_dir, sources)
+    tell(found, {"server": server}, width=11, as_json=as_json)
 
 
 def _examine(
@@ -244,8 +233,3 @@ def _refusal(error: Any, server: str, security: ClientSecurity) -> Finding:
 def _split(server: str) -> tuple[str, int]:
     host, _, port = checked_address(server).rpartition(":")
     return host.removeprefix("[").removesuffix("]"), int(port)
-
-
-def _printable(text: str) -> str:
-    # Some of it is what a stranger sent.
-    return "".join(letter if letter.isprintable() else "?" for letter in text)

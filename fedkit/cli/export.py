@@ -9,7 +9,7 @@ import typer
 
 from fedkit.cli import terminal
 from fedkit.errors import UsageError
-from fedkit.settings import DataSettings, build
+from fedkit.registry import allow, listed
 
 EXAMPLES = """\b
 Examples:
@@ -84,7 +84,7 @@ def export(
     """Write a model as a file for other programs: the server's, or a client's own as it is now."""
     from fedkit.engine.saved import chosen, models_of
 
-    build(DataSettings, {"allow": allowed})
+    allow(*listed(allowed))
     kind = _format(format, out)
     found = chosen(models_of(path, federation), model, path)
     file = out or Path(f"{found.label.replace('/', '-')}.{kind}")

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from fedkit.data.samples import DataSet, Pool, Shape
+from fedkit.data.samples import DataSet, Form, Pool, Shape
 from fedkit.errors import FedkitError
 
 # Numbers in one: what comes over the network shall not make a device ask for more.
@@ -48,6 +48,11 @@ class Agreement:
     def private_classes(self) -> tuple[str, ...]:
         """The names of the classes that clients' data may have."""
         return self.classes[self.first_private :]
+
+    @property
+    def form(self) -> Form:
+        """How samples look."""
+        return Form(self.shape, self.columns, not self.mean)
 
     def as_json(self) -> str:
         """For a message."""
@@ -96,12 +101,10 @@ def fitted(dataset: DataSet, agreement: Agreement) -> DataSet:
         FedkitError: samples of another shape, other columns, or a class that the federation does not
             know; the sentence names what differs.
     """
-    # Sequences of tokens are normalised by nothing, rows of numbers are.
-    alike = bool(len(dataset.train.mean)) == bool(agreement.mean)
-    if dataset.train.shape != agreement.shape or not alike:
+    if replace(dataset.form, columns=agreement.columns) != agreement.form:
         raise FedkitError(
-            f"The samples of {dataset.name} are {described(dataset.train.shape)}, this federation's "
-            f"{described(agreement.shape)}: one network can't read both."
+            f"The samples of {dataset.name} are {described(dataset.form)}, this federation's "
+            f"{described(agreement.form)}: one network can't read both."
         )
     if dataset.columns != agreement.columns:
         raise FedkitError(
@@ -133,11 +136,13 @@ def fitted(dataset: DataSet, agreement: Agreement) -> DataSet:
     )
 
 
-def described(shape: Shape) -> str:
-    """A sample's shape in words."""
-    if len(shape) == 1:
-        return f"rows of {shape[0]} numbers"
-    channels, height, width = shape
+def described(form: Form) -> str:
+    """What samples look like, in words."""
+    if form.tokens:
+        return f"sequences of {form.shape[0]} characters"
+    if len(form.shape) == 1:
+        return f"rows of {form.shape[0]} numbers"
+    channels, height, width = form.shape
     return f"images of {height}x{width} with {channels} channel{'s' if channels > 1 else ''}"
 
 

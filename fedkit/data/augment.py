@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fedkit.data.names import AUGMENTATIONS
 from fedkit.data.samples import Augment, Shape
 from fedkit.errors import UsageError
 from fedkit.registry import split, suggest
 
 PADDING = 4  # the field's for 32x32 (He et al. 2016, section 4.2)
-NAMES = ("none", "flip", "crop", "rotate")
 
 
 def augmentation(spec: str, shape: Shape) -> Augment | None:
@@ -76,8 +76,8 @@ def _in_turn(steps: list[Augment], inputs: Tensor) -> Tensor:
 
 def _step(spec: str, shape: Shape) -> Augment:
     name, argument = split(spec)
-    if name not in NAMES:
-        raise UsageError(f"There is no augmentation {name!r}{suggest(name, NAMES)}.")
+    if name not in AUGMENTATIONS:
+        raise UsageError(f"There is no augmentation {name!r}{suggest(name, AUGMENTATIONS)}.")
     if len(shape) != 3:
         raise UsageError(f"The augmentation {spec} is for images; these samples are none.")
     if name == "flip" and argument is None:

@@ -8,6 +8,7 @@ import os
 import warnings
 from collections import Counter
 from collections.abc import Generator, Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from fedkit.data.agreement import described
 from fedkit.data.datasets import open_dataset
 from fedkit.data.found import Found
 from fedkit.data.names import OWN, public_parts
-from fedkit.data.samples import DataSet, Form, Pool
+from fedkit.data.samples import DataSet, Pool
 from fedkit.errors import FedkitError
 from fedkit.link.reach import FAIL, OK, WARNING, Finding
 from fedkit.registry import split
@@ -70,15 +71,11 @@ def _open(spec: str, public: str | None, sources: DataSettings) -> tuple[DataSet
             return open_dataset(spec, sources), None
         if split(spec)[0] == OWN:
             lent = open_dataset(public, sources)
-            return open_dataset(spec, sources, _form(lent)), lent
+            return open_dataset(spec, sources, lent.form), lent
         dataset = open_dataset(spec, sources)
         if public == spec:
             return dataset, dataset
-        return dataset, open_dataset(public, sources, _form(dataset))
-
-
-def _form(dataset: DataSet) -> Form:
-    return Form(dataset.train.shape, dataset.columns)
+        return dataset, open_dataset(public, sources, dataset.form)
 
 
 def _describe(dataset: DataSet) -> Iterator[Finding]:
@@ -116,11 +113,10 @@ def _samples(dataset: DataSet) -> Finding:
     data = pool.read(torch.empty(0, dtype=torch.int64))
     size = (len(pool) + len(dataset.test)) * math.prod(pool.shape) * data.element_size()
     if split(dataset.name)[0] == OWN:
-        text = f"{described(pool.shape)}, as the public set's, and normalised as these"
+        text = f"{described(dataset.form)}, as the public set's, and normalised as these"
         return Finding("samples", OK, text, {"shape": list(pool.shape)})
-    tokens = not len(pool.mean)
-    what = f"sequences of {pool.shape[0]} characters" if tokens else described(pool.shape)
-    if tokens:
+    what = described(dataset.form)
+    if dataset.form.tokens:
         told = "no normalisation"
     elif len(pool.mean) <= 3:
         told = f"normalised by mean {_numbers(pool.mean)}, standard deviation {_numbers(pool.std)}"
@@ -202,12 +198,12 @@ def _shared(check: str, what: str, some: Counter[bytes], others: Counter[bytes])
 
 def _fit(dataset: DataSet, lent: DataSet, count: int | None) -> Finding:
     """Whether a federation on ``dataset`` can have its public set from ``lent``."""
-    pool, other = dataset.train, lent.train
+    other = lent.train
     wanted = len(other) if count is None else count
     values = {"public": lent.name, "available": len(other), "samples": wanted}
-    if pool.shape != other.shape:
+    if replace(lent.form, columns=dataset.columns) != dataset.form:
         text = (
-            f"{lent.name} has {described(other.shape)}, {dataset.name} {described(pool.shape)}: one "
+            f"{lent.name} has {described(lent.form)}, {dataset.name} {described(dataset.form)}: one "
             "network can't read both."
         )
         return Finding("public set", FAIL, text, values)

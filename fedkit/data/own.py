@@ -25,7 +25,9 @@ def own(argument: str | None, sources: DataSettings, form: Form | None = None) -
             f"own:{argument} holds nothing: it names the classes of data that clients bring, and how "
             "these look is told by the public set of a federation."
         )
-    nothing = torch.empty(0)
     data = torch.empty((0, *form.shape), dtype=torch.uint8)
-    empty = pool_of(data, torch.empty(0, dtype=torch.int64), nothing, nothing)
+    scaled = 0 if form.tokens else form.shape[0]
+    empty = pool_of(
+        data, torch.empty(0, dtype=torch.int64), torch.zeros(scaled), torch.ones(scaled)
+    )
     return DataSet(f"own:{argument}", empty, empty, classes, form.columns)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 
 from fedkit.data.agreement import Agreement
-from fedkit.data.samples import Samples
+from fedkit.data.samples import Form, Samples
 from fedkit.durable import make_folder, write_whole
 from fedkit.errors import FedkitError
 
@@ -45,6 +45,11 @@ class PublicSet:
     samples: Samples
     classes: tuple[str, ...] = ()
     columns: tuple[str, ...] = ()
+
+    @property
+    def form(self) -> Form:
+        """How its samples look."""
+        return Form(self.samples.shape, self.columns, not len(self.samples.mean))
 
     def digest(self, *, labels: bool = False) -> str:
         """SHA-256 (hex) of name, indices, transform and content, in that order.

@@ -115,6 +115,21 @@ def pool_of(data: Tensor, labels: Tensor, mean: Tensor, std: Tensor) -> Pool:
 
 
 @dataclass(frozen=True)
+class Form:
+    """How samples must look to fit networks that are there already.
+
+    Attributes:
+        shape: of one sample.
+        columns: the features' names, where they have any.
+        tokens: whether they are sequences of tokens, which nothing normalises; else numbers.
+    """
+
+    shape: Shape
+    columns: tuple[str, ...] = ()
+    tokens: bool = False
+
+
+@dataclass(frozen=True)
 class DataSet:
     """A data set by name.
 
@@ -131,15 +146,7 @@ class DataSet:
     classes: tuple[str, ...]
     columns: tuple[str, ...] = ()
 
-
-@dataclass(frozen=True)
-class Form:
-    """How samples must look to fit networks that are there already.
-
-    Attributes:
-        shape: of one sample.
-        columns: the features' names, where they have any.
-    """
-
-    shape: Shape
-    columns: tuple[str, ...] = ()
+    @property
+    def form(self) -> Form:
+        """How its samples look."""
+        return Form(self.train.shape, self.columns, not len(self.train.mean))

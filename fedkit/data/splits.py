@@ -20,7 +20,7 @@ from fedkit.data.datasets import open_dataset
 from fedkit.data.names import OWN, public_parts, resolve_public
 from fedkit.data.partitions import Dealt, Labelled
 from fedkit.data.public import PublicSet, renumbered
-from fedkit.data.samples import DataSet, Form, Pool, Samples
+from fedkit.data.samples import DataSet, Pool, Samples
 from fedkit.errors import FedkitError, UsageError
 from fedkit.registry import split
 from fedkit.seeds import numpy_generator
@@ -149,20 +149,18 @@ def cut(
     name, _ = public_parts(settings)
     if split(settings.dataset)[0] == OWN:
         public = public or public_set(settings, open_dataset(name, sources))
-        form = Form(public.samples.shape, public.columns)
-        dataset = open_dataset(settings.dataset, sources, form)
+        dataset = open_dataset(settings.dataset, sources, public.form)
         mean, std = public.samples.mean, public.samples.std
         nobodys = replace(dataset.train, mean=mean, std=std)
         dataset = replace(dataset, train=nobodys, test=nobodys)
     else:
         dataset = open_dataset(settings.dataset, sources)
-        form = Form(dataset.train.shape, dataset.columns)
     private = np.arange(len(dataset.train))
     if name == settings.dataset:
         public = public_set(settings, dataset)
         private = np.setdiff1d(private, public.indices, assume_unique=True)
     elif public is None:
-        public = public_set(settings, open_dataset(name, sources, form))
+        public = public_set(settings, open_dataset(name, sources, dataset.form))
     _check_public(settings, public, dataset)
     dealt = _deal(settings, dataset, private)
     if settings.public_labels and name != settings.dataset:
@@ -213,13 +211,10 @@ def own_data(
 
 
 def _check_public(settings: FederationSettings, public: PublicSet, dataset: DataSet) -> None:
-    shape = public.samples.shape
-    # Sequences of tokens are normalised by nothing, rows of numbers are.
-    alike = bool(len(public.samples.mean)) == bool(len(dataset.train.mean))
-    if shape != dataset.train.shape or public.columns != dataset.columns or not alike:
+    if public.form != dataset.form:
         raise UsageError(
-            f"The public set {public.name} has {described(shape)}, {dataset.name} "
-            f"{described(dataset.train.shape)}: one network can't read both."
+            f"The public set {public.name} has {described(public.form)}, {dataset.name} "
+            f"{described(dataset.form)}: one network can't read both."
         )
     if settings.public_labels and not public.classes:
         raise UsageError(f"The public set {public.name} has no labels: leave --public-labels out.")

@@ -13,13 +13,13 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from fedkit.devices.device import Device
+from fedkit.engine.events import APART_TYPES
 from fedkit.errors import FedkitError
 
 if TYPE_CHECKING:
     from flwr.app import Context, Message
 
 _log = logging.getLogger(__name__)
-APART = frozenset({"query.join", "evaluate", "train.alone"})
 App = Callable[["Message", "Context"], "Message"]
 
 
@@ -57,7 +57,7 @@ class Emulation:
         """
         from fedkit.flower import payload_bytes
 
-        if message.metadata.message_type in APART:
+        if message.metadata.message_type in APART_TYPES:
             return app(message, context)
         came = self._at()
         down = payload_bytes(message)

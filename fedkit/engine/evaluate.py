@@ -13,7 +13,7 @@ import torch
 from fedkit.data.agreement import described
 from fedkit.data.datasets import open_dataset
 from fedkit.data.names import OWN
-from fedkit.data.samples import DataSet, Form, Samples
+from fedkit.data.samples import DataSet, Samples
 from fedkit.data.splits import FederatedData, cut
 from fedkit.errors import FedkitError, UsageError
 from fedkit.models.device import pick_device, repeatable
@@ -71,8 +71,7 @@ def _data(
 ) -> Iterator[tuple[str, Samples]]:
     settings = about.federation
     if dataset is not None and dataset != settings.dataset:
-        form = Form(about.shape, about.columns)
-        yield "test", _test_set(saved, about, _open(dataset, sources, form))
+        yield "test", _test_set(saved, about, _open(dataset, sources, about.form))
         return
     if about.partition == OWN:
         raise UsageError(
@@ -95,10 +94,11 @@ def _data(
 
 def _test_set(saved: SavedModel, about: About, data: DataSet) -> Samples:
     columns = _columns(about, data)
-    if data.test.shape != about.shape or columns is None:
+    form = replace(data.form, shape=data.test.shape)
+    if form.shape != about.shape or columns is None:
         raise FedkitError(
-            f"The model in {saved.source} reads {described(about.shape)} and tells "
-            f"{len(about.classes)} classes apart; {data.name} has {described(data.test.shape)} and "
+            f"The model in {saved.source} reads {described(about.form)} and tells "
+            f"{len(about.classes)} classes apart; {data.name} has {described(form)} and "
             f"{len(data.classes)} classes."
         )
     if not len(data.test):

@@ -10,6 +10,8 @@ from typing import Any, TypeAlias
 REWIND = "rewind"
 # Exchanges whose cost is no part of what the algorithm costs.
 APART = frozenset({"alone", "evaluate"})
+# The types of their messages, and of joining.
+APART_TYPES = frozenset({"query.join", "evaluate", "train.alone"})
 
 
 @dataclass(frozen=True)

@@ -169,8 +169,8 @@ def _start_client(plan: Plan, directory: Path, address: str, number: int, model:
         arguments += ["--emulate", kinds[number % len(kinds)]]
     if plan.data.data_root:
         arguments += ["--data-root", plan.data.data_root]
-    if named_here(plan):
-        arguments += ["--allow", named_here(plan)]
+    if named := named_here(plan):
+        arguments += ["--allow", named]
     if plan.data.allow_checksum_mismatch:
         arguments += ["--allow-checksum-mismatch"]
     log = directory / "logs" / f"client-{number}.log"

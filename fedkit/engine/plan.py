@@ -17,7 +17,7 @@ from fedkit.data.names import (
 from fedkit.devices.profiles import profiles
 from fedkit.engine.stopping import check_rules
 from fedkit.errors import UsageError
-from fedkit.registry import OWN_CODE, allow, code_of, load, names, split
+from fedkit.registry import OWN_CODE, allow, code_of, listed, load, names, split
 from fedkit.security.settings import ServerSecurity, check_server, is_loopback
 from fedkit.settings import (
     DataSettings,
@@ -137,7 +137,7 @@ def named_here(plan: Plan) -> str:
         for spec in [*data, federation.model, *models]
         if split(spec)[0] in OF_FILES or any(code_of(kind, spec) for kind in OWN_CODE)
     ]
-    return ";".join(dict.fromkeys([*filter(None, plan.data.allow.split(";")), *own]))
+    return ";".join(dict.fromkeys([*listed(plan.data.allow), *own]))
 
 
 def client_models(plan: Plan) -> list[str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedkit import __version__
-from fedkit.engine.events import REWIND, Event, Listener
+from fedkit.engine.events import APART_TYPES, REWIND, Event, Listener
 from fedkit.engine.history import ALL_DONE, History
 from fedkit.engine.lobby import Lobby
 from fedkit.engine.metrics import Metrics, metrics_address
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from fedkit.engine.driver import Driver
 
 _log = logging.getLogger(__name__)
-APART = frozenset({"query.join", "evaluate", "train.alone"})
 
 
 def serve(
@@ -293,4 +292,4 @@ class _Run:
 
 def _training(carried: Mapping[str, int]) -> int:
     """Bytes of what the algorithm sends: joining, measuring and the reference are apart."""
-    return sum(size for kind, size in carried.items() if kind not in APART)
+    return sum(size for kind, size in carried.items() if kind not in APART_TYPES)

@@ -27,7 +27,7 @@ from fedkit.settings import FederationSettings, Value, as_config, build
 if TYPE_CHECKING:
     from torch import nn
 
-    from fedkit.data.samples import Shape
+    from fedkit.data.samples import Form, Shape
     from fedkit.data.splits import FederatedData
 
 SCHEMA = 1
@@ -68,6 +68,13 @@ class About:
     client: int | None = None
     round: int | None = None
     fedkit: str = __version__
+
+    @property
+    def form(self) -> Form:
+        """How the samples look that it reads."""
+        from fedkit.data.samples import Form
+
+        return Form(self.shape, self.columns, not self.mean)
 
     @property
     def federation(self) -> FederationSettings:

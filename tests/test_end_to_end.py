@@ -110,8 +110,10 @@ def test_processes_and_one_process_agree_to_the_bit(demo):
     ("strategy", "settings", "models"),
     [
         ("fedavg", {}, ["global"]),
-        ("feddf", {"steps": 20}, ["student-cnn", "student-lenet"]),
-        # Ten seconds each; `make slow` has the rest.
+        # Ten seconds and more each: `make slow` has the rest.
+        pytest.param(
+            *("feddf", {"steps": 20}, ["student-cnn", "student-lenet"]), marks=pytest.mark.slow
+        ),
         pytest.param("fedmd", {"init_epochs": 3, "codec": "topk:3"}, [], marks=pytest.mark.slow),
         pytest.param(
             *("feddistill", {"exchange": "weights", "teacher_first": 1}, ["global"]),

@@ -797,6 +797,7 @@ def test_a_client_rebuilt_from_its_state_goes_on_as_it_would_have(settings):
     assert run.run()["digest"] == usual.summary["digest"]
 
 
+@pytest.mark.slow
 def test_students_in_processes_of_their_own_learn_the_same_bits():
     settings = LOGITS | {"clients": 2, "rounds": 1, "models": "lenet,cnn", "score": "last"}
     one, _ = ran(**settings)

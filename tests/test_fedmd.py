@@ -616,6 +616,7 @@ def server_weights(*architectures, count=1, **settings):
     return weights if architectures else weights["lenet"]
 
 
+@pytest.mark.slow
 def test_two_workers_train_what_one_does(tmp_path, monkeypatch):
     one = server_weights("lenet", "cnn")
     monkeypatch.setenv("FEDKIT_CACHE", str(tmp_path / "another"))

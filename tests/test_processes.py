@@ -170,7 +170,14 @@ def test_a_public_set_that_differs_is_refused(tmp_path):
 
 
 @on_linux
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "how",
+    [
+        pytest.param(signal.SIGINT, marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, marks=pytest.mark.slow),
+        signal.SIGKILL,  # the one that leaves no time to tidy
+    ],
+)
 def test_no_process_outlives_the_run(how, tmp_path):
     with Process("run", "--rounds", "50", *SMALL, folder=tmp_path, name="run") as run:
         until(lambda: "round  1/50" in run.text)

@@ -865,6 +865,7 @@ def test_fedavg_learns():
     assert run.summary["mean_global_accuracy"] > alone_accuracy(run.summary) + 0.1
 
 
+@pytest.mark.slow
 def test_fedmd_learns_more_than_alone():
     settings = FEDMD | {"init_epochs": 15, "init_batch": 16, "learning_rate": 0.003}
     settings |= {"digest_epochs": 5, "digest_batch": 32, "revisit_epochs": 4, "revisit_batch": 16}

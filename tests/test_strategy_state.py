@@ -381,7 +381,15 @@ def test_a_strategy_that_was_saved_and_loaded_goes_on_to_the_bit(name, tmp_path,
 
 
 @pytest.mark.parametrize(
-    "name", ["fedmd", "fedmd fused", "ktpfl", "feddf logits", "feddf weights", "feddistill logits"]
+    "name",
+    [
+        "fedmd",
+        "ktpfl",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("fedmd fused", "feddf logits", "feddf weights", "feddistill logits")
+        ),
+    ],
 )
 def test_a_strategy_without_its_state_would_go_on_otherwise(name, tmp_path, monkeypatch):
     """So the test above tests something."""

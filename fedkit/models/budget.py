@@ -1,7 +1,8 @@
-"""How much memory a device grants its training. Imports nothing heavy."""
+"""How much memory and time a device grants its training. Imports nothing heavy."""
 
 from __future__ import annotations
 
+import math
 import re
 
 from fedkit.errors import FedkitError, UsageError
@@ -33,6 +34,47 @@ def read_bytes(text: str) -> int:
     if count < 1:
         raise UsageError(f"A size is a number with a unit, as in 512MB or 2GiB, not {text!r}.")
     return count
+
+
+def read_seconds(text: str) -> float:
+    """A number of seconds; 0 for no limit.
+
+    Raises:
+        UsageError: it is none, or below 0.
+    """
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds < math.inf:
+        raise UsageError(f"A time budget is a number of seconds, as in 2.5, not {text!r}.")
+    return seconds
+
+
+def read_width(text: str) -> str:
+    """The share of its channels at which a device trains a network: in (0, 1], or ``auto``; as it is.
+
+    Raises:
+        UsageError: it is neither.
+    """
+    try:
+        share = float("nan" if text == "auto" else text)
+    except ValueError:
+        share = 0.0
+    if text != "auto" and not 0 < share <= 1:
+        raise UsageError(f"A width is a number above 0 and up to 1, or auto, not {text!r}.")
+    return text
+
+
+def read_depth(text: str) -> str:
+    """How many stages of a network a device trains: a number from 1, or ``auto``; as it is.
+
+    Raises:
+        UsageError: it is neither.
+    """
+    if text != "auto" and not (text.isdecimal() and int(text)):
+        raise UsageError(f"A depth is a number of stages, from 1, or auto, not {text!r}.")
+    return text
 
 
 def check_budget(needed: int, budget: int) -> None:

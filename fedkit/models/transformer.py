@@ -8,6 +8,7 @@ wide network is a narrow one (HeteroFL slices inside every head).
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,9 @@ from torch.nn import functional
 
 from fedkit.errors import UsageError
 from fedkit.models.arguments import split_width
+from fedkit.models.narrowing import Hidden
 from fedkit.models.reads import check_tokens, sequence_length
+from fedkit.models.stages import Stages, named
 
 LAYERS, HEADS = 4, 4
 WIDTH, HEAD, HIDDEN = 128, 32, 512
@@ -39,6 +42,9 @@ def transformer(shape: tuple[int, ...], classes: int, argument: str | None = Non
 class _Transformer(nn.Module):
     """Logits (n, C) from the last position, given tokens (int64, n x length)."""
 
+    # Which dimensions of its own tensors follow a width (fedkit.models.narrowing).
+    sliced: ClassVar = {"positions": (1,)}
+
     def __init__(self, length: int, classes: int, width: float) -> None:
         super().__init__()
         size = math.ceil(width * WIDTH)
@@ -54,6 +60,37 @@ class _Transformer(nn.Module):
         states = self.layers(self.embedding(tokens) + self.positions)
         logits: Tensor = self.head(self.norm(states[:, -1]))
         return logits
+
+    def stages(self) -> Stages:
+        """A layer each; an exit reads the last position, as the head does."""
+        return Stages(_Embedded(self.embedding, self.positions), list(self.layers), _exit)
+
+
+class _Embedded(nn.Module):
+    """Tokens as states (n x length x width)."""
+
+    sliced: ClassVar = {"positions": (1,)}
+
+    def __init__(self, embedding: nn.Embedding, positions: nn.Parameter) -> None:
+        super().__init__()
+        self.embedding, self.positions = embedding, positions
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        check_tokens("transformer", tokens)
+        states: Tensor = self.embedding(tokens) + self.positions
+        return states
+
+
+class _Last(nn.Module):
+    """The state at the last position (n x width)."""
+
+    def forward(self, states: Tensor) -> Tensor:
+        return states[:, -1]
+
+
+def _exit(features: torch.Size, outputs: int) -> nn.Module:
+    size = features[-1]
+    return named(last=_Last(), norm=nn.LayerNorm(size), linear=nn.Linear(size, outputs))
 
 
 class _Layer(nn.Module):
@@ -75,6 +112,9 @@ class _Layer(nn.Module):
 class _Attention(nn.Module):
     """Self-attention; ``query``, ``key``, ``value`` and ``output`` are heads x head's width x width."""
 
+    # Heads stay: a width slices inside of every one.
+    sliced: ClassVar = dict.fromkeys(("query", "key", "value", "output"), (1, 2))
+
     def __init__(self, size: int, head: int) -> None:
         super().__init__()
         # As nn.Linear draws them, for as many inputs as each has.
@@ -82,14 +122,16 @@ class _Attention(nn.Module):
         self.key = _uniform(HEADS, head, size, inputs=size)
         self.value = _uniform(HEADS, head, size, inputs=size)
         self.output = _uniform(HEADS, head, size, inputs=HEADS * head)
+        self.projected = Hidden()
 
     def forward(self, states: Tensor) -> Tensor:
         query, key, value = (
-            torch.einsum("nls,hds->nhld", states, weight)
+            self.projected(torch.einsum("nls,hds->nhld", states, weight))
             for weight in (self.query, self.key, self.value)
         )
         seen = functional.scaled_dot_product_attention(query, key, value)
-        return torch.einsum("nhld,hds->nls", seen, self.output)
+        changed: Tensor = self.projected(torch.einsum("nhld,hds->nls", seen, self.output))
+        return changed
 
 
 def _uniform(*shape: int, inputs: int) -> nn.Parameter:

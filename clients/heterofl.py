@@ -1,0 +1,83 @@
+"""HeteroFL's client half (Diao, Ding & Tarokh 2021): train the narrow network that came, and return it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import cast
+
+import torch
+from flwr.app import ConfigRecord, Context, Message
+from torch import Tensor, nn
+
+from clients import shared, updates, width
+from clients.common import client_app
+from clients.edge import OWN, Edge, edge_of
+from clients.private import local_epochs
+from clients.static_norm import add_statistics
+from fedkit.knowledge.held import pack_classes
+from fedkit.models.levels import label, levels_of, read_levels
+from fedkit.models.losses import cross_entropy, masked_cross_entropy
+from fedkit.models.narrow import at_width, width_of
+
+
+def local_work(edge: Edge, context: Context, slot: str, config: ConfigRecord) -> float:
+    """A round's private training at the width of the network in ``slot``, relative to the widest."""
+    widest, part = read_levels(cast(str, config["levels"]))[0], edge.architecture(slot)
+    share = (1.0 if part == edge.settings.model else width_of(part)) / widest
+    loss = cross_entropy
+    if config["masked"]:
+        held = torch.zeros(edge.outputs, dtype=torch.bool, device=edge.device)
+        held[_classes(edge)] = True
+        loss = masked_cross_entropy(held)
+    network = levels_of(edge.settings.model, edge.data.shape, edge.outputs, 1.0)
+    with network.slicing.scaled(edge.models[slot], share if config["scaler"] else 1.0):
+        return local_epochs(edge, context, slot, config, loss=loss)
+
+
+app = client_app(local_work, updates.upload_bytes, fit=width.fitted)
+
+
+@app.train()
+def train(message: Message, context: Context) -> Message:
+    """Load the part of theta that came, train it, return it, and tell which classes are held."""
+    edge = edge_of(context)
+    config = message.content.config_records["config"]
+    came = message.content.array_records["arrays"]
+    network = at_width(edge.settings.model, cast(float, config["width"]))
+    if edge.architecture(OWN) != network:
+        edge.make(OWN, network)
+    shared.load(edge.own, came.to_torch_state_dict())
+    if "reference" not in context.state:
+        # The reference starts where the client first met the federation.
+        edge.start_alone(context)
+        context.state["reference"] = ConfigRecord({"since": config["server-round"]})
+    with shared.training(edge.own, config):
+        loss = local_work(edge, context, OWN, config)
+    part = shared.back(edge.own, came, config)
+    answer = updates.answer(message, context, edge, edge.own, part, {"train_loss": loss})
+    if config["masked"]:
+        held = pack_classes(_classes(edge).cpu().numpy(), edge.outputs)
+        answer.content["held"] = ConfigRecord({"classes": held})
+    return answer
+
+
+def _narrower(edge: Edge, message: Message) -> Iterable[tuple[str, nn.Module]]:
+    """The network that came, and the narrower levels of it."""
+    config = message.content.config_records["config"]
+    came = message.content.array_records["arrays"]
+    own = cast(float, config["width"])
+    part = {name: array.numpy() for name, array in came.items()}
+    network = levels_of(edge.settings.model, edge.data.shape, edge.outputs, own)
+    for level in read_levels(cast(str, config["levels"])):
+        kept = network.take(part, level)
+        weights = {name: torch.from_numpy(array) for name, array in kept.items()}
+        yield label(level), network.slicing.network(level, weights).to(edge.device)
+
+
+add_statistics(app, _narrower)
+
+
+def _classes(edge: Edge) -> Tensor:
+    """The classes (int64, in order) of this client's training data."""
+    held: Tensor = edge.private.train.labels.unique()  # type: ignore[no-untyped-call]
+    return held

@@ -24,12 +24,13 @@ BASE = 0.08
 class Client:
     """A schedule with nothing but what it reads: no data, no validation."""
 
-    def __init__(self, kind, slot="own", rounds=10, factor=0.5, patience=2):
+    def __init__(self, kind, slot="own", rounds=10, factor=0.5, patience=2, by="round", warmup=0):
         self.edge = SimpleNamespace(
             settings=SimpleNamespace(rounds=rounds), private=SimpleNamespace(val=[]), models={}
         )
         self.context = new_context(2, {})
         self.slot, self.kind, self.factor, self.patience = slot, kind, factor, patience
+        self.by, self.warmup = by, warmup
 
     def config(self, round):
         return ConfigRecord(
@@ -38,6 +39,8 @@ class Client:
                 "schedule": self.kind,
                 "schedule-factor": self.factor,
                 "schedule-patience": self.patience,
+                "schedule-by": self.by,
+                "warmup": self.warmup,
                 "server-round": round,
             }
         )
@@ -159,9 +162,9 @@ def used(monkeypatch):
     for module in (clients.private, clients.fedmd):
         make = module.make_optimiser
 
-        def spy(name, model, rate, *more, make=make):
+        def spy(name, model, rate, make=make, **more):
             made.append((model, rate))
-            return make(name, model, rate, *more)
+            return make(name, model, rate, **more)
 
         monkeypatch.setattr(module, "make_optimiser", spy)
     return made
@@ -175,14 +178,13 @@ def rates_of(used, run, client, slot):
 @pytest.fixture
 def stuck(monkeypatch):
     """Training goes on as ever, and reports the same loss."""
-    train = clients.private.train
+    take_steps = clients.private.take_steps
 
     def stall(*args, **kwargs):
-        train(*args, **kwargs)
+        take_steps(*args, **kwargs)
         return 1.0
 
-    monkeypatch.setattr(clients.private, "train", stall)
-    monkeypatch.setattr(clients.fedmd, "train", stall)
+    monkeypatch.setattr(clients.private, "take_steps", stall)
 
 
 def test_plateau_halves_the_rate_of_a_run_that_makes_no_progress(used, stuck):

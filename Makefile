@@ -22,7 +22,7 @@ check: $(VENV)/installed-dev
 faults: $(VENV)/installed-dev
 	$(BIN)/python -m tests.faults.trials --trials 50 --seed 1
 
-# Every strategy in processes of its own; five times more training clients than cores: four minutes.
+# Every strategy in processes of its own, learning over many rounds, training clients on crowded cores: ten minutes.
 slow: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -m slow
 

@@ -11,8 +11,8 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, 
 from flwr.clientapp import ClientApp
 from flwr.clientapp.typing import ClientAppCallable
 
-from clients import memory, probing
-from clients.edge import ALONE, OWN, Edge, edge_of
+from clients import memory, probing, shared
+from clients.edge import ALONE, OWN, Edge, edge_of, whole
 from clients.joining import PublicMissing, take_offer
 from fedkit.data.samples import Samples
 from fedkit.models.build import parameter_count, restored
@@ -23,17 +23,30 @@ from fedkit.registry import names
 from fedkit.seeds import derive
 
 LocalWork: TypeAlias = Callable[[Edge, Context, str, ConfigRecord], float]
+# (edge, context, config, global model) -> what this client itself would use, where that is another.
+Personal: TypeAlias = Callable[
+    [Edge, Context, ConfigRecord, torch.nn.Module], torch.nn.Module | None
+]
+# (edge without its models, context) -> the name of the network that this device trains.
+Fit: TypeAlias = Callable[[Edge, Context], str]
 
 
-def client_app(local_work: LocalWork, upload: probing.Upload = probing.default_upload) -> ClientApp:
+def client_app(
+    local_work: LocalWork,
+    upload: probing.Upload = probing.default_upload,
+    personal: Personal = lambda edge, context, config, model: None,
+    fit: Fit = whole,
+) -> ClientApp:
     """A Flower ``ClientApp`` with the handlers that all strategies share.
 
     Args:
         local_work: ``(edge, context, slot, config) -> loss``: the private training of one round on
             the model in ``slot``; the reference does this and nothing else.
         upload: what the reply to a round's first instruction weighs (see ``clients.probing``).
+        personal: the client's own model beside a global one, measured as ``own_model``.
+        fit: which network this device trains, by what it can.
     """
-    app = ClientApp(mods=[_timed, _seeded, probing.unfinished(keep)])
+    app = ClientApp(mods=[_timed, _seeded, _fitting(fit), probing.unfinished(keep)])
     probing.add_probing(app, upload, keep)
 
     @app.query("join")
@@ -54,9 +67,16 @@ def client_app(local_work: LocalWork, upload: probing.Upload = probing.default_u
                 "partition-digest": edge.data.partition_digest,
                 "classes": list(edge.data.classes),
                 "codecs": list(names("codecs")),
+                "corrupt": str(context.node_config.get("corrupt", "")),
                 "tags": [tag for tag in str(context.node_config.get("tags", "")).split(",") if tag],
             }
         )
+        if edge.width is not None:
+            facts["width"] = edge.width
+        if edge.fit:
+            facts["fit"] = edge.fit
+        if edge.depth is not None:
+            facts["depth"] = edge.depth
         sizes = MetricRecord(
             {
                 "num-examples": len(edge.private.train),
@@ -85,9 +105,18 @@ def client_app(local_work: LocalWork, upload: probing.Upload = probing.default_u
             metrics |= _measures(edge, OWN, edge.own, samples, on_global_test=True)
         else:
             # Where all have one global model the server measures it on the common test set.
-            model = global_model(edge, arrays, str(config.get("model", edge.model_name)))
-            common = bool(config.get("common-test", False))
-            metrics |= _measures(edge, "global", model, samples, on_global_test=common)
+            came, common = arrays.to_torch_state_dict(), bool(config.get("common-test", False))
+            spec = str(config.get("model", edge.model_name))
+            if spec == edge.architecture(OWN) and shared.staying(edge.own, came):
+                # With what stays here it is a network of this client's own, which nobody else has.
+                model = shared.completed(edge.own, came)
+                metrics |= _measures(edge, OWN, model, samples, on_global_test=True)
+            else:
+                model = global_model(edge, arrays, spec)
+                metrics |= _measures(edge, "global", model, samples, on_global_test=common)
+            mine = personal(edge, context, config, model)
+            if mine is not None:
+                metrics |= _measures(edge, OWN, mine, samples, on_global_test=True)
             if config.get("teacher", False):
                 metrics |= _measures(edge, "teacher", edge.own, samples, on_global_test=True)
         if ALONE in edge.models:
@@ -117,8 +146,8 @@ def global_model(edge: Edge, arrays: ArrayRecord, spec: str) -> torch.nn.Module:
 
 def keep(edge: Edge, context: Context, slot: str) -> None:
     """Put the model in ``slot`` into the state that survives."""
-    memory.keep_model(context, slot, edge.models[slot])
-    memory.keep_about(context, about_of(edge.data, edge.model_name, client=edge.client))
+    edge.keep(context, slot)
+    memory.keep_about(context, about_of(edge.data, edge.architecture(OWN), client=edge.client))
 
 
 def _measures(
@@ -169,6 +198,16 @@ def _timed(message: Message, context: Context, call_next: ClientAppCallable) -> 
             }
         )
     return answer
+
+
+def _fitting(fit: Fit) -> Callable[[Message, Context, ClientAppCallable], Message]:
+    """A Flower mod: whoever builds the edge knows how to fit its network to this device."""
+
+    def mod(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
+        context._fedkit_fit = fit  # type: ignore[attr-defined]
+        return call_next(message, context)
+
+    return mod
 
 
 def _seeded(message: Message, context: Context, call_next: ClientAppCallable) -> Message:

@@ -14,13 +14,16 @@ from torch import Tensor, nn
 
 from clients import memory
 from clients.joining import federated_data
+from fedkit.data.corruption import corrupted
 from fedkit.data.samples import Samples
 from fedkit.data.splits import ClientData, FederatedData
+from fedkit.errors import UsageError
 from fedkit.models.budget import check_budget
 from fedkit.models.build import build_model, restored
 from fedkit.models.device import pick_device, repeatable
 from fedkit.models.measure import batch_on
 from fedkit.models.trial import try_one_batch
+from fedkit.registry import split
 from fedkit.seeds import torch_generator
 from fedkit.settings import DataSettings, FederationSettings, build
 
@@ -50,6 +53,10 @@ class Edge:
         answered: digest of the subset answered last, and the class scores on it.
         resembling: which public samples resemble the private ones, once that was found out.
         work: how much of the instruction under way is to be done.
+        width: the share of their channels that its models have, where that was chosen for this device.
+        fit: what that takes here, where it was measured.
+        depth: how many stages its models have, where that was chosen for this device.
+        parts: the architecture in each slot that holds another part of the network than ``model_name``.
     """
 
     settings: FederationSettings
@@ -65,6 +72,14 @@ class Edge:
     answered: tuple[str, Tensor] = ("", torch.empty(0))
     resembling: NDArray[np.bool_] | None = None
     work: Work = Work.WHOLE
+    width: float | None = None
+    fit: str = ""
+    depth: int | None = None
+    parts: dict[str, str] = field(default_factory=dict)
+
+    def architecture(self, slot: str) -> str:
+        """The name of the network in ``slot``."""
+        return self.parts.get(slot, self.model_name)
 
     @property
     def own(self) -> nn.Module:
@@ -73,20 +88,34 @@ class Edge:
 
     def remake(self, context: Context, slot: str) -> None:
         """Make the model in ``slot`` as a client that was started anew would."""
-        network = self.model_name, self.data.shape, self.outputs
-        weights = memory.recall_weights(context, slot)
-        if weights:
-            model = restored(*network, weights)
-        else:
-            model = build_model(*network, self.settings.seed, self.client)
+        weights, part = memory.recall_weights(context, slot), memory.recall_part(context, slot)
+        if not weights:
+            self.make(slot, self.model_name)
+            return
+        self.parts[slot] = part or self.model_name
+        model = restored(self.parts[slot], self.data.shape, self.outputs, weights)
         self.models[slot] = model.to(self.device)
+
+    def make(self, slot: str, architecture: str) -> None:
+        """Put a network with this client's initial weights into ``slot``."""
+        network = architecture, self.data.shape, self.outputs
+        model = build_model(*network, self.settings.seed, self.client)
+        self.models[slot], self.parts[slot] = model.to(self.device), architecture
+
+    def keep(self, context: Context, slot: str) -> None:
+        """Put the model in ``slot``, and which network that is, into the state that survives."""
+        memory.keep_model(context, slot, self.models[slot])
+        part = self.architecture(slot)
+        if part != self.model_name or memory.recall_part(context, slot):
+            memory.keep_part(context, slot, part)
 
     def start_alone(self, context: Context) -> None:
         """Let the reference start (again) from where the own model is now, optimisers included."""
         if not self.settings.alone:
             return
         self.models[ALONE] = copy.deepcopy(self.own)
-        memory.keep_model(context, ALONE, self.own)
+        self.parts[ALONE] = self.architecture(OWN)
+        self.keep(context, ALONE)
         for name in list(context.state):
             if name.startswith(f"{OWN}-") and name.endswith("-optimiser"):
                 context.state[ALONE + name.removeprefix(OWN)] = context.state[name]
@@ -122,7 +151,8 @@ def _build(context: Context) -> Edge:
         str(node.get("data-root", "")), bool(node.get("allow-checksum-mismatch", False))
     )
     data = federated_data(context, settings, sources)
-    shard = data.shard(client)
+    broken = str(node.get("corrupt", ""))
+    shard = corrupted(data.shard(client), broken, settings.seed, client)
     edge = Edge(
         settings=settings,
         client=client,
@@ -137,9 +167,11 @@ def _build(context: Context) -> Edge:
         ),
         outputs=data.outputs,
     )
-    slots = (OWN, ALONE) if settings.alone else (OWN,)
-    _keep_to_budget(edge, context, len(slots))
-    for slot in slots:
+    # Left there by the client's app, if it has a way of fitting a network to this device.
+    fit = getattr(context, "_fedkit_fit", whole)
+    edge.model_name = fit(edge, context)
+    _keep_to_budget(edge, context)
+    for slot in (OWN, ALONE) if settings.alone else (OWN,):
         edge.remake(context, slot)
     try_one_batch(edge.own, _two(edge), edge.outputs, edge.model_name)
     return edge
@@ -151,17 +183,56 @@ def _two(edge: Edge) -> Tensor:
     return (private.train if len(private.train) else private.test).inputs(slice(0, 2))
 
 
-def _keep_to_budget(edge: Edge, context: Context, models: int) -> None:
+def whole(edge: Edge, context: Context) -> str:
+    """The network that this device trains where there is nothing to choose: all of it.
+
+    Raises:
+        UsageError: this device was told to train some stages or channels only.
+    """
+    refuse_parts(edge, context)
+    return edge.model_name
+
+
+def refuse_parts(edge: Edge, context: Context, known: str = "") -> None:
+    """``UsageError`` if this device was told to train a part of the network that is not ``known`` here.
+
+    Or a network with several exits, which such a strategy knows no loss for.
+    """
+    if split(edge.model_name)[0] == "exits":
+        raise UsageError(
+            f"{edge.model_name} has several exits, which only the strategy depthfl trains: run that on the "
+            "network without exits:, or take the network up to one exit, as in exit:2:cnn."
+        )
+    for option, strategy in (("width", "heterofl or depthfl"), ("depth", "depthfl")):
+        if option != known and context.node_config.get(option):
+            raise UsageError(
+                f"--{option} goes with the strategy {strategy}, and this federation runs "
+                f"{edge.settings.strategy}: leave it out."
+            )
+
+
+def _keep_to_budget(edge: Edge, context: Context) -> None:
     """Refuse a network that this device has no memory to train, before it is made."""
-    budget = int(context.node_config.get("memory-budget", 0))
-    if not budget:
-        return
+    budget = memory_budget(context)
+    if budget:
+        check_budget(memory_needed(edge, context, edge.model_name), budget)
+
+
+def memory_budget(context: Context) -> int:
+    """Bytes that training may take on this device; 0: as many as it takes."""
+    return int(context.node_config.get("memory-budget", 0))
+
+
+def memory_needed(edge: Edge, context: Context, spec: str) -> int:
+    """Bytes that this device needs to train the network ``spec``, its data included; nothing is made."""
     # Running a network without numbers loads half of torch: only who asks for it pays.
     from fedkit.models.cost import cost, prediction_memory, training_memory
 
-    batch = memory.recall_batch_size(context)
+    # A batch schedule may outgrow what this device has.
+    most = max(len(edge.private.train), len(edge.public), 1)
+    batch = min(memory.recall_batch_size(context), most)
     one = _two(edge)
-    network = edge.model_name, edge.data.shape, edge.outputs
+    network = spec, edge.data.shape, edge.outputs
     needed = max(
         training_memory(*network, batch, one.dtype),
         prediction_memory(*network, batch_on(edge.device), one.dtype),
@@ -169,5 +240,5 @@ def _keep_to_budget(edge: Edge, context: Context, models: int) -> None:
     held = (edge.private.train, edge.private.val, edge.private.test, edge.public, edge.global_test)
     data = sum(part.data.numel() * part.data.element_size() for part in held)
     # The reference's weights lie beside; one of the two trains at a time.
-    beside = cost(*network, tokens=one.dtype == torch.int64).bytes * (models - 1)
-    check_budget(needed + beside + data, budget)
+    weights = cost(*network, tokens=one.dtype == torch.int64).bytes
+    return needed + (weights if edge.settings.alone else 0) + data

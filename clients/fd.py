@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from itertools import islice
 from typing import cast
 
 import numpy as np
@@ -12,16 +10,14 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from torch import Tensor
 from torch.nn import functional
 
-from clients import probing
 from clients.common import client_app, keep, reply
 from clients.edge import OWN, Edge, edge_of
-from clients.private import private_optimiser, remember
+from clients.private import train_private
 from clients.schedule import observe
 from fedkit.knowledge import by_class
 from fedkit.knowledge.by_class import ByClass
 from fedkit.knowledge.consensus import Consensus
 from fedkit.models.losses import Loss, cross_entropy, soften
-from fedkit.models.training import batches_of, endless, take_steps
 
 
 def learn(
@@ -35,8 +31,7 @@ def learn(
     """A round of cross-entropy, plus ``also``, on the model in ``slot``; the model is kept.
 
     Args:
-        edge, context, slot, config: as for ``client_app``'s local work; ``local-steps`` steps if the
-            configuration has them, else ``local-epochs``.
+        edge, context, slot, config: as for ``client_app``'s local work.
         also: ``(logits, labels) -> scalar``, called at every step.
         sums: tensors that ``also`` adds to in place.
 
@@ -44,7 +39,6 @@ def learn(
         The mean cross-entropy over the round, without ``also``: a term that begins in a later round
         must not look to the learning rate's schedule like a loss that got worse.
     """
-    model, data = edge.models[slot], edge.private.train
     labelled = torch.zeros((), device=edge.device)
     seen = torch.zeros((), dtype=torch.int64)
 
@@ -54,22 +48,10 @@ def learn(
         seen.add_(len(labels))
         return value if also is None else value + also(logits, labels)
 
-    size, steps = cast(int, config["batch-size"]), cast(int, config.get("local-steps", 0))
-    order = edge.generator("local", cast(int, config["server-round"]))
-    each = batches_of(len(data), size)
-    total = steps if steps and each else each * cast(int, config["local-epochs"])
-    optimiser = private_optimiser(edge, context, slot, config, "private")
-    batches = endless(len(data), size, order)
-
-    def epoch(at: int) -> float:
-        part = islice(batches, min(each, total - at * each))
-        return take_steps(model, data, data.labels, loss, optimiser, part)
-
+    epochs, steps = cast(int, config["local-epochs"]), cast(int, config["local-steps"])
     sums = {"labelled": labelled, "seen": seen, **(sums or {})}
-    place = probing.Place(slot, optimiser, order, sums)
-    probing.epochs(edge, context, place, math.ceil(total / max(each, 1)), epoch)
+    train_private(edge, context, slot, config, "local", epochs, steps=steps, loss=loss, sums=sums)
     mean = float(labelled) / max(int(seen), 1)
-    remember(context, slot, config, "private", optimiser)
     observe(edge, context, slot, config, mean)
     keep(edge, context, slot)
     return mean

@@ -2,31 +2,49 @@
 
 from __future__ import annotations
 
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message
+from collections.abc import Callable
+
+from flwr.app import ConfigRecord, Context, Message
 from flwr.clientapp import ClientApp
 
-from clients.common import client_app, reply
-from clients.edge import OWN, edge_of
+from clients import shared, updates
+from clients.common import client_app
+from clients.edge import OWN, Edge, edge_of
+from clients.personal import fine_tuned
 from clients.private import local_epochs
+from clients.static_norm import add_statistics
 
 
-def add_train(app: ClientApp) -> None:
-    """Give a client app the handler ``train``: load the model that came, train it, return it."""
+def update(edge: Edge, context: Context, config: ConfigRecord) -> dict[str, float]:
+    """The E epochs, and what they tell."""
+    return {"train_loss": local_epochs(edge, context, OWN, config)}
+
+
+def add_train(
+    app: ClientApp, update: Callable[[Edge, Context, ConfigRecord], dict[str, float]] = update
+) -> None:
+    """Give a client app the handler ``train``: load the model that came, train it, return it.
+
+    ``update`` trains the own model and tells how it went.
+    """
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
         """Load the global weights w, train, return w_k and n_k."""
         edge = edge_of(context)
         config = message.content.config_records["config"]
-        edge.own.load_state_dict(message.content.array_records["arrays"].to_torch_state_dict())
+        came = message.content.array_records["arrays"]
+        shared.load(edge.own, came.to_torch_state_dict())
         if "reference" not in context.state:
             # The reference starts where the client first met the federation.
             edge.start_alone(context)
             context.state["reference"] = ConfigRecord({"since": config["server-round"]})
-        loss = local_epochs(edge, context, OWN, config)
-        arrays = ArrayRecord(edge.own.state_dict())
-        return reply(message, edge, {"train_loss": loss}, {"arrays": arrays})
+        with shared.training(edge.own, config):
+            told = update(edge, context, config)
+        arrays = shared.back(edge.own, came, config)
+        return updates.answer(message, context, edge, edge.own, arrays, told)
 
 
-app = client_app(local_epochs)
+app = client_app(local_epochs, updates.upload_bytes, fine_tuned)
 add_train(app)
+add_statistics(app)

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import cast
 
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message
-from torch import Tensor
+from flwr.app import ConfigRecord, Context, Message
+from torch import Tensor, nn
 
-from clients import probing, public
+from clients import public, shared
 from clients.common import client_app, global_model, reply
 from clients.digesting import add_local, digested
 from clients.edge import OWN, Edge, edge_of
-from clients.private import local_epochs, private_optimiser, remember, with_revisit
+from clients.private import (
+    local_epochs,
+    private_batch,
+    private_optimiser,
+    train_private,
+    with_revisit,
+)
 from clients.schedule import observe
+from clients.static_norm import add_statistics
 from fedkit.models.losses import Loss, cross_entropy, kl_divergence, soften
 from fedkit.models.measure import predict
-from fedkit.models.training import endless, one_epoch, train
+from fedkit.models.training import endless, one_epoch
 from fedkit.seeds import derive
 
 # The copy's schedule and optimiser are its own, as FedAvg's would be.
@@ -44,9 +52,7 @@ def digest(message: Message, context: Context) -> Message:
     private, model, round = edge.private.train, edge.own, cast(int, config["server-round"])
     optimiser = private_optimiser(edge, context, OWN, config, "digest")
     theirs = edge.generator("digest", round)
-    mine = endless(
-        len(private), cast(int, config["batch-size"]), edge.generator("digest/private", round)
-    )
+    mine = endless(len(private), private_batch(config), edge.generator("digest/private", round))
 
     def learn() -> float:
         model.train()
@@ -82,47 +88,50 @@ def train_copy(message: Message, context: Context) -> Message:
         if "teacher" not in context.state:
             _first_lesson(edge, context, config)
         _teach_teacher(edge, context, OWN, config)
-    copy = global_model(edge, message.content.array_records["arrays"], edge.settings.model)
-    edge.models[COPY] = copy
+    came = message.content.array_records["arrays"]
+    copy = edge.models[COPY] = global_model(edge, came, edge.settings.model)
     share, data = cast(float, config["distill-weight"]), edge.private.train
-    targets: Tensor | tuple[Tensor, ...] = data.labels
+    targets: tuple[Tensor, ...] = (data.labels,)
     loss: Loss = cross_entropy
     if share and len(data):
         # Once a round: the teacher does not change while the copy learns.
         teacher = soften(predict(edge.own, data), cast(float, config["temperature"]))
         targets, loss = (data.labels, teacher), _guided(config, share)
-    optimiser = private_optimiser(edge, context, COPY, config, "private")
-    order = edge.generator("local", cast(int, config["server-round"]))
-
-    def epoch(at: int) -> float:
-        return train(
-            copy,
-            data,
-            targets,
-            loss,
-            optimiser,
-            epochs=1,
-            batch_size=cast(int, config["batch-size"]),
-            generator=order,
-        )
-
-    place = probing.Place(COPY, optimiser, order)
-    mean = probing.epochs(edge, context, place, cast(int, config["local-epochs"]), epoch)
-    remember(context, COPY, config, "private", optimiser)
+    with shared.training(copy, config):
+        mean = train_private(
+            edge,
+            context,
+            COPY,
+            config,
+            "local",
+            cast(int, config["local-epochs"]),
+            steps=cast(int, config["local-steps"]),
+            targets=targets,
+            loss=loss,
+        ).loss
     observe(edge, context, COPY, config, mean)
-    return reply(message, edge, {"train_loss": mean}, {"arrays": ArrayRecord(copy.state_dict())})
+    arrays = shared.back(copy, came, config)
+    return reply(message, edge, {"train_loss": mean}, {"arrays": arrays})
+
+
+def _copies(edge: Edge, message: Message) -> Iterable[tuple[str, nn.Module]]:
+    yield "global", global_model(edge, message.content.array_records["arrays"], edge.settings.model)
+
+
+add_statistics(app, _copies)
 
 
 def _first_lesson(edge: Edge, context: Context, config: ConfigRecord) -> None:
     first = ConfigRecord({**config, "teacher-epochs": config["teacher-first"], "server-round": 0})
-    first["schedule"] = "constant"  # a schedule counts rounds, and this comes before them
+    # A schedule counts rounds, and this comes before them.
+    first["schedule"], first["schedule-by"], first["warmup"] = "constant", "round", 0
     _teach_teacher(edge, context, OWN, first)
     edge.start_alone(context)
     context.state["teacher"] = ConfigRecord({"since": config["server-round"]})
 
 
 def _teach_teacher(edge: Edge, context: Context, slot: str, config: ConfigRecord) -> float:
-    epochs = ConfigRecord({**config, "local-epochs": config["teacher-epochs"]})
+    epochs = ConfigRecord({**config, "local-epochs": config["teacher-epochs"], "local-steps": 0})
     return local_epochs(edge, context, slot, epochs)
 
 

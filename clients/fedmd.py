@@ -1,11 +1,12 @@
 """FedMD's client half (Li & Wang 2019, algorithm 1): communicate, digest, revisit.
 
-Two Adam states live as long as the model, one for digest and one for revisit, the latter going on
-from the initial training, as in the authors' code.
+Two Adam states live as long as the model, one for digest and one for private training, which in a
+revisit goes on from the initial one, as in the authors' code.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import cast
 
 import torch
@@ -16,23 +17,58 @@ from clients.common import client_app, keep, reply
 from clients.density import resembling
 from clients.edge import OWN, Edge, edge_of
 from clients.pretraining import add_init
+from clients.private import train_private
 from clients.schedule import observe, rate
 from fedkit.models.losses import cross_entropy, towards
 from fedkit.models.measure import measure
 from fedkit.models.training import make_optimiser, train
 
+# What the hyper-parameters of others say of their optimiser.
+ADAM: Mapping[str, bool | float | str] = {
+    "optimiser": "adam",
+    "momentum": 0.0,
+    "weight-decay": 0.0,
+    "trust-coefficient": 0.0,
+    "clip-norm": 0.0,
+    "keep-optimiser": True,
+}
+
 
 def revisit(edge: Edge, context: Context, slot: str, config: ConfigRecord) -> float:
     """Cross-entropy on the private data."""
-    loss = _on_private(edge, context, slot, config, "revisit", cast(int, config["revisit-epochs"]))
+    private = ConfigRecord({**config, **ADAM, "batch-size": config["revisit-batch"]})
+    epochs, steps = cast(int, config["revisit-epochs"]), cast(int, config["local-steps"])
+    loss = train_private(edge, context, slot, private, "revisit", epochs, steps=steps).loss
     observe(edge, context, slot, config, loss)
+    keep(edge, context, slot)
     return loss
 
 
 def first_private_training(edge: Edge, context: Context, config: ConfigRecord) -> dict[str, float]:
     """Transfer learning's second half: train privately, until validation accuracy no longer rises."""
-    epochs, patience = cast(int, config["init-epochs"]), cast(int, config["init-patience"])
-    return {"init_loss": _on_private(edge, context, OWN, config, "init", epochs, patience)}
+    optimiser = _optimiser(edge, context, "private", config)
+    data, val, patience = edge.private.train, edge.private.val, cast(int, config["init-patience"])
+    order = edge.generator("init", cast(int, config["server-round"]))
+    best, waited, loss = -1.0, 0, 0.0
+    for _ in range(cast(int, config["init-epochs"])):
+        loss = train(
+            edge.own,
+            data,
+            data.labels,
+            cross_entropy,
+            optimiser,
+            epochs=1,
+            batch_size=cast(int, config["init-batch"]),
+            generator=order,
+        )
+        if patience and len(val):
+            accuracy, _ = measure(edge.own, val)
+            best, waited = (accuracy, 0) if accuracy > best else (best, waited + 1)
+            if waited >= patience:
+                break
+    memory.keep_optimiser(context, f"{OWN}-private", optimiser)
+    keep(edge, context, OWN)
+    return {"init_loss": loss}
 
 
 app = client_app(revisit)
@@ -55,7 +91,7 @@ def digest(message: Message, context: Context) -> Message:
     loss = cast(str, config["digest-loss"])
     if loss == "auto":
         loss = "kl" if space == "prob" else "l1"
-    optimiser = _optimiser(edge, context, OWN, "digest", config)
+    optimiser = _optimiser(edge, context, "digest", config)
     metrics = public.digest(
         edge,
         public.targets(message, context, edge),
@@ -88,43 +124,8 @@ def _answer(message: Message, context: Context, edge: Edge) -> public.Records:
 
 
 def _optimiser(
-    edge: Edge, context: Context, slot: str, purpose: str, config: ConfigRecord
+    edge: Edge, context: Context, purpose: str, config: ConfigRecord
 ) -> torch.optim.Optimizer:
-    optimiser = make_optimiser("adam", edge.models[slot], rate(edge, context, slot, config))
-    memory.recall_optimiser(context, f"{slot}-{purpose}", optimiser)
+    optimiser = make_optimiser("adam", edge.own, rate(edge, context, OWN, config))
+    memory.recall_optimiser(context, f"{OWN}-{purpose}", optimiser)
     return optimiser
-
-
-def _on_private(
-    edge: Edge,
-    context: Context,
-    slot: str,
-    config: ConfigRecord,
-    purpose: str,
-    epochs: int,
-    patience: int = 0,
-) -> float:
-    # One Adam state for all private training: "revisit" goes on from "init".
-    optimiser = _optimiser(edge, context, slot, "revisit", config)
-    data, model, val = edge.private.train, edge.models[slot], edge.private.val
-    generator = edge.generator(purpose, cast(int, config["server-round"]))
-    best, waited, loss = -1.0, 0, 0.0
-    for _ in range(epochs):
-        loss = train(
-            model,
-            data,
-            data.labels,
-            cross_entropy,
-            optimiser,
-            epochs=1,
-            batch_size=cast(int, config[f"{purpose}-batch"]),
-            generator=generator,
-        )
-        if patience and len(val):
-            accuracy, _ = measure(model, val)
-            best, waited = (accuracy, 0) if accuracy > best else (best, waited + 1)
-            if waited >= patience:
-                break
-    memory.keep_optimiser(context, f"{slot}-revisit", optimiser)
-    keep(edge, context, slot)
-    return loss

@@ -33,7 +33,9 @@ def take_offer(message: Message, context: Context) -> None:
     if offer is None:
         return
     agreement = read_agreement(str(offer["agreement"]))
-    memory.keep_agreement(context, agreement, int(str(offer["batch-size"])))
+    work = (int(str(offer[name])) for name in ("batch-size", "epochs", "steps"))
+    memory.keep_agreement(context, agreement, *work)
+    memory.keep_levels(context, str(offer["levels"]))
     sent = message.content.array_records.get("public")
     if isinstance(sent, ArrayRecord):
         arrays = {name: array.numpy() for name, array in sent.items()}

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any
 
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context
@@ -17,11 +16,24 @@ from torch import nn
 
 from fedkit.data.agreement import Agreement, read_agreement
 from fedkit.models.files import About
+from fedkit.models.moments import give_moments, moments_of
+from fedkit.models.training import batches_of
 
 
 def keep_model(context: Context, name: str, model: nn.Module) -> None:
     """Put a model's parameters and buffers into the state, as ``NAME-model``."""
     context.state[f"{name}-model"] = ArrayRecord(model.state_dict())
+
+
+def keep_part(context: Context, name: str, architecture: str) -> None:
+    """Put into the state which part of the client's network ``NAME-model`` is, by its name."""
+    context.state[f"{name}-part"] = ConfigRecord({"architecture": architecture})
+
+
+def recall_part(context: Context, name: str) -> str | None:
+    """Which part of the client's network ``NAME-model`` is, if that is known."""
+    record = context.state.config_records.get(f"{name}-part")
+    return None if record is None else str(record["architecture"])
 
 
 def keep_about(context: Context, about: About) -> None:
@@ -35,10 +47,23 @@ def recall_weights(context: Context, name: str) -> Mapping[str, torch.Tensor] | 
     return record.to_torch_state_dict() if isinstance(record, ArrayRecord) else None
 
 
-def keep_agreement(context: Context, agreement: Agreement, batch_size: int) -> None:
+def keep_agreement(
+    context: Context, agreement: Agreement, batch_size: int, epochs: int, steps: int
+) -> None:
     """Put into the state what the server told of the federation at join."""
-    told = ConfigRecord({"json": agreement.as_json(), "batch-size": batch_size})
-    context.state["agreement"] = told
+    work = {"batch-size": batch_size, "epochs": epochs, "steps": steps}
+    context.state["agreement"] = ConfigRecord({"json": agreement.as_json(), **work})
+
+
+def keep_levels(context: Context, levels: str) -> None:
+    """Put into the state at which widths this federation trains, as the server told it at join."""
+    context.state["levels"] = ConfigRecord({"levels": levels})
+
+
+def recall_levels(context: Context) -> str:
+    """At which widths this federation trains, with commas between; 1 if nothing was told."""
+    record = context.state.config_records.get("levels")
+    return str(record["levels"]) if record is not None else "1"
 
 
 def recall_agreement(context: Context) -> Agreement | None:
@@ -53,27 +78,23 @@ def recall_batch_size(context: Context) -> int:
     return 64 if record is None else int(str(record["batch-size"]))
 
 
+def recall_round(context: Context, samples: int) -> tuple[int, int]:
+    """The largest batch, and how many of these a round's training on so many samples takes."""
+    record, batch = context.state.config_records.get("agreement"), recall_batch_size(context)
+    if record is None:
+        return batch, batches_of(samples, batch)
+    epochs, steps = int(str(record["epochs"])), int(str(record["steps"]))
+    return batch, steps or epochs * batches_of(samples, batch)
+
+
 def keep_optimiser(context: Context, name: str, optimiser: torch.optim.Optimizer) -> None:
     """Put an optimiser's moments into the state, as ``NAME-optimiser``."""
-    state: dict[int, dict[str, Any]] = optimiser.state_dict()["state"]
-    context.state[f"{name}-optimiser"] = ArrayRecord(
-        {
-            f"{index}/{moment}": Array(torch.as_tensor(value).cpu().numpy())
-            for index, moments in state.items()
-            for moment, value in moments.items()
-            if value is not None
-        }
-    )
+    moments = {key: Array(values) for key, values in moments_of(optimiser).items()}
+    context.state[f"{name}-optimiser"] = ArrayRecord(moments)
 
 
 def recall_optimiser(context: Context, name: str, optimiser: torch.optim.Optimizer) -> None:
     """Give an optimiser the moments that the state holds, if any."""
     record = context.state.get(f"{name}-optimiser")
-    if not isinstance(record, ArrayRecord):
-        return
-    state: dict[int, dict[str, torch.Tensor]] = {}
-    for key, array in record.items():
-        index, _, moment = key.partition("/")
-        state.setdefault(int(index), {})[moment] = torch.from_numpy(array.numpy())
-    groups = optimiser.state_dict()["param_groups"]
-    optimiser.load_state_dict({"state": state, "param_groups": groups})
+    if isinstance(record, ArrayRecord):
+        give_moments(optimiser, {key: array.numpy() for key, array in record.items()})

@@ -61,17 +61,25 @@ class Left(Exception):
 
 
 def epochs(
-    edge: Edge, context: Context, place: Place, count: int, epoch: Callable[[int], float]
+    edge: Edge,
+    context: Context,
+    place: Place,
+    count: int,
+    epoch: Callable[[int], float],
+    goes_on: Callable[[int], bool] = lambda at: True,
 ) -> float:
     """``epoch(0)`` to ``epoch(count - 1)``; gives the last one's loss (0 where there is none).
 
-    In a probe the first is the only one. When a probe is finished it is not done again.
+    In a probe the first is the only one. When a probe is finished it is not done again. ``goes_on(at)``
+    is asked before every epoch but the first.
 
     Raises:
         Left: this is a probe.
     """
     done, loss = (1, _take_up(edge, context, place)) if edge.work is Work.REST else (0, 0.0)
     for at in range(done, count):
+        if at and not goes_on(at):
+            break
         loss = epoch(at)
         if edge.work is Work.FIRST_EPOCH:
             break

@@ -4,7 +4,9 @@
     python examples/compare.py --strategies fedmd,ktpfl --seeds 1,2,3  # the defaults of `fedkit run`
 
 prints mean and spread (standard deviation over seeds) of the clients' mean accuracy, alone and together,
-as rows of a Markdown table. Any setting of `fedkit run` may follow, as KEY=VALUE.
+as rows of a Markdown table. Any setting of `fedkit run` may follow, as KEY=VALUE. Two reference lines come
+with every table, unless they are among the rows or --no-references is given: `local`, where nothing is
+exchanged, and `central`, one model on everybody's data; they train as the first row's clients do.
 """
 
 from __future__ import annotations
@@ -13,12 +15,18 @@ import argparse
 import os
 import statistics
 import tomllib
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from fedkit import Federation
 from fedkit.errors import FedkitError
+from fedkit.registry import load
+from fedkit.settings import DataSettings, FederationSettings, RunSettings, ServerSettings, key
 
+# Printed beside any strategies, and the groups of settings that they share with these.
+REFERENCES = ("local", "central")
+SHARED = (FederationSettings, ServerSettings, DataSettings, RunSettings)
 # What takes the place of Fashion-MNIST where its files are not at hand.
 DIGITS = {"dataset": "digits", "public": "digits:400", "num-shards": 4}
 COLUMNS = {
@@ -34,6 +42,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--strategies", default="", help="comma-separated, with fedkit's defaults")
     parser.add_argument("--seeds", default="1,2,3")
+    parser.add_argument("--no-references", action="store_true", help="without local and central")
     parser.add_argument("what", nargs="*", metavar="FILE.toml or KEY=VALUE")
     arguments = parser.parse_args()
     files = [Path(word) for word in arguments.what if "=" not in word]
@@ -41,11 +50,16 @@ def main() -> None:
     runs = {file.stem: read(file) for file in files}
     named = arguments.strategies or ("" if files else "fedmd,ktpfl")
     runs |= {name: {"strategy": name} for name in named.split(",") if name}
+    runs = {name: {**settings, **extra} for name, settings in runs.items()}
+    if not arguments.no_references:
+        first = next(iter(runs.values()))
+        there = {settings["strategy"] for settings in runs.values()}
+        runs |= {name: reference(name, first) for name in REFERENCES if name not in there}
     seeds = [int(seed) for seed in arguments.seeds.split(",")]
     print("| | " + " | ".join(COLUMNS) + " | server's model | up, down a round | seconds |")
     print("|---" * (len(COLUMNS) + 4) + "|")
     for name, settings in runs.items():
-        print(row(name, {**settings, **extra}, seeds), flush=True)
+        print(row(name, settings, seeds), flush=True)
 
 
 def read(file: Path) -> dict[str, Any]:
@@ -58,6 +72,15 @@ def read(file: Path) -> dict[str, Any]:
     return settings
 
 
+def reference(strategy: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a reference line beside a run: those of the run that it has too."""
+    own = load("strategies", strategy).Hyperparameters
+    known = {key(f.name) for kind in (own, *SHARED) for f in fields(kind)} - {"preset", "alone"}
+    mine = {name: value for name, value in settings.items() if key(name) in known}
+    # Where clients have networks of their own, the one model is the first client's.
+    return {"model": mine.get("models", "lenet").split(",")[0], **mine, "strategy": strategy}
+
+
 def row(name: str, settings: dict[str, Any], seeds: list[int]) -> str:
     """One row of the table: a federation run once for each seed."""
     try:
@@ -65,22 +88,22 @@ def row(name: str, settings: dict[str, Any], seeds: list[int]) -> str:
     except FedkitError as error:
         return f"| {name} | {error} |"
     runs = [result.summary for result in results]
-    cells = [spread([mean_of_clients(s, key) for s in runs]) for key in COLUMNS.values()]
-    server = [model for model in (server_accuracy(s) for s in runs) if model is not None]
-    cells.append(spread(server) if server else "")
+    cells = [spread([mean_of_clients(s, name) for s in runs]) for name in COLUMNS.values()]
+    cells.append(spread([server_accuracy(s) for s in runs]))
     rounds = [max(s["rounds"], 1) * len(s["clients"]) for s in runs]
     up, down = (
-        statistics.fmean(s[key] / n for s, n in zip(runs, rounds, strict=True)) / 1000
-        for key in ("bytes_up", "bytes_down")
+        statistics.fmean(s[way] / n for s, n in zip(runs, rounds, strict=True)) / 1000
+        for way in ("bytes_up", "bytes_down")
     )
     cells.append(f"{up:.1f} kB, {down:.1f} kB")
     cells.append(f"{statistics.fmean(s['seconds'] for s in runs):.0f}")
     return f"| {name} | " + " | ".join(cells) + " |"
 
 
-def mean_of_clients(summary: dict[str, Any], key: str) -> float:
-    """Mean over clients."""
-    return statistics.fmean(client[key] for client in summary["clients"])
+def mean_of_clients(summary: dict[str, Any], name: str) -> float | None:
+    """Mean over clients; None where a run has no such number."""
+    values = [client[name] for client in summary["clients"] if client[name] is not None]
+    return statistics.fmean(values) if values else None
 
 
 def server_accuracy(summary: dict[str, Any]) -> float | None:
@@ -89,8 +112,11 @@ def server_accuracy(summary: dict[str, Any]) -> float | None:
     return statistics.fmean(accuracies) if accuracies else None
 
 
-def spread(values: list[float]) -> str:
-    """Mean and standard deviation."""
+def spread(numbers: list[float | None]) -> str:
+    """Mean and standard deviation; nothing where there are no numbers."""
+    values = [number for number in numbers if number is not None]
+    if not values:
+        return ""
     deviation = statistics.stdev(values) if len(values) > 1 else 0.0
     return f"{statistics.fmean(values):.3f} ± {deviation:.3f}"
 

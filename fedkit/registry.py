@@ -11,7 +11,7 @@ import importlib
 import importlib.util
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -40,6 +40,17 @@ _allowed: set[str] = set()
 def names(kind: str) -> tuple[str, ...]:
     """The names of one kind (a key of ``KINDS``), plug-ins included, in alphabetical order."""
     return tuple(sorted({point.name for point in entry_points(group=f"fedkit.{kind}")}))
+
+
+def all_names(kind: str) -> list[str]:
+    """As ``names``, with the members of families (``flwr:FedAdam``), which are loaded for that."""
+    found: list[str] = []
+    for name in names(kind):
+        thing = _loaded(kind, name)
+        found += (
+            [f"{name}:{member}" for member in thing] if isinstance(thing, Mapping) else [name]
+        )
+    return found
 
 
 def split(spec: str) -> tuple[str, str | None]:
@@ -98,12 +109,25 @@ def find(kind: str, spec: str) -> tuple[Any, str | None]:
 
 
 def load(kind: str, name: str) -> Any:
-    """The object registered under ``name``.
+    """The object registered under ``name``; of a family (a mapping of names) the member after a colon.
 
     Raises:
         UsageError: nothing of this kind has that name; the nearest names are in the message.
         FedkitError: a folder of the user's own hides fedkit's packages.
     """
+    first, member = split(name)
+    thing = _loaded(kind, first)
+    if not isinstance(thing, Mapping):
+        if member is not None:
+            raise UsageError(f"The {KINDS[kind]} {first} takes nothing after a colon, as in {name!r}.")
+        return thing
+    if member not in thing:
+        known = [f"{first}:{one}" for one in thing]
+        raise UsageError(f"There is no {KINDS[kind]} {name!r}{suggest(name, known)}.")
+    return thing[member]
+
+
+def _loaded(kind: str, name: str) -> Any:
     point = _entry(kind, name)
     if point.module.partition(".")[0] in ("strategies", "clients"):
         _refuse_shadow(point.module.partition(".")[0])

@@ -169,7 +169,7 @@ def client_table(summary: dict[str, Any]) -> Table:
         table.add_row(
             *([str(client["id"])] if numbered else []),
             "-" if client["shard"] is None else str(client["shard"]),
-            client["model"],
+            _model(client),
             str(client["examples"]),
             *(_accuracy(client[name]) for name in columns),
             *([str(client["rounds"])] if unequal else []),
@@ -192,6 +192,13 @@ def client_table(summary: dict[str, Any]) -> Table:
             size(summary["bytes_down"] / len(clients)),
         )
     return table
+
+
+def _model(client: dict[str, Any]) -> str:
+    """A client's network, and which share of its channels where that is not all."""
+    spec, width = client["model"], client.get("width")
+    named = width is None or spec.startswith("width:")
+    return spec if named else f"{spec} at {width:g}"
 
 
 def wide_console() -> Console:

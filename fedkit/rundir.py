@@ -37,7 +37,7 @@ SCHEMA = 1
 
 def default_path(strategy: str) -> Path:
     """``runs/2026-11-21T17-45-03-ktpfl``, or that with a number if it is taken."""
-    stem = datetime.now().strftime("%Y-%m-%dT%H-%M-%S") + f"-{strategy}"
+    stem = datetime.now().strftime("%Y-%m-%dT%H-%M-%S") + f"-{strategy.replace(':', '-')}"
     path, number = Path("runs") / stem, 1
     while path.exists():
         number += 1

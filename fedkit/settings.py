@@ -241,6 +241,30 @@ class RunSettings:
         "phone-mid, laptop, or TOML files (default: this machine as it is)",
         unit="profiles",
     )
+    widths: str = setting(
+        "",
+        "the share of the model's channels that each client trains (`fedkit client --width`), as in "
+        "1,0.5,0.25 or auto, cycled over clients; with the strategy heterofl (default: what that deals out)",
+        unit="widths",
+    )
+    depths: str = setting(
+        "",
+        "how many stages of the model each client trains (`fedkit client --depth`), as in 1,2,4 or auto, "
+        "cycled over clients; with the strategy depthfl (default: all stages)",
+        unit="depths",
+    )
+    time_budgets: str = setting(
+        "",
+        "the clients' time budgets (`fedkit client --time-budget`), seconds, comma-separated, cycled over "
+        "clients; 0: none (default: none)",
+        unit="seconds,...",
+    )
+    corrupt: str = setting(
+        "",
+        "the clients' broken sensors (`fedkit client --corrupt`), as in none,none,noise:1.0, cycled over "
+        "clients (default: none is broken)",
+        unit="none|noise:SIGMA,...",
+    )
 
 
 def key(name: str) -> str:
@@ -309,10 +333,17 @@ def build(kind: type[T], values: Mapping[str, Value]) -> T:
     )
 
 
-def refuse_unknown(values: Mapping[str, Value], kinds: Iterable[type]) -> None:
-    """Raise ``UsageError`` for a name that none of the settings dataclasses declares."""
+def refuse_unknown(
+    values: Mapping[str, Value], kinds: Iterable[type], elsewhere: Mapping[str, str] = {}
+) -> None:
+    """Raise ``UsageError`` for a name that none of the settings dataclasses declares.
+
+    ``elsewhere``: what to say of names that people may look for.
+    """
     known = [key(item.name) for kind in kinds for item in fields(kind)]
     for name in values:
+        if name in elsewhere:
+            raise UsageError(f"{name} is not set here: {elsewhere[name]}.")
         if name not in known:
             raise UsageError(f"There is no setting {name!r}{suggest(name, known)}.")
 

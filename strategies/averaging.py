@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 
-import numpy as np
-from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 
 from fedkit.engine.roster import Member
 from fedkit.engine.strategy import FederatedStrategy
-from fedkit.knowledge.arrays import read_array
+from fedkit.knowledge.arrays import as_record as as_record
 from fedkit.knowledge.reduction import Arrays, NothingToAverage, weighted_mean
+from strategies.robust import NoiseWeights
+from strategies.updates import Reading
 
 
 def received_models(
@@ -22,15 +23,23 @@ def received_models(
 ) -> Iterator[tuple[Member, float, Arrays]]:
     """Who returned which weights, with a_k = n_k (``examples``) or 1 (``equal``); one at a time.
 
-    A reply that is not shaped like what was ``sent`` to the member, or not finite, is left out and
-    named.
+    They come as ``UpdateHyperparameters`` say, if the strategy has them, and a_k is multiplied by a factor
+    where it is ``robust``. A reply that is not shaped like what was ``sent`` to the member, or not finite,
+    is left out and named; one that holds no update, since that is not relevant, is an answer all the same.
     """
+    reading, noise = Reading(strategy), NoiseWeights(strategy)
     for member, content in strategy.answers(replies):
+        if reading.skipped(content, sent(member)):
+            continue
         try:
             examples = 1.0 if weighting == "equal" else _examples(content)
-            yield member, examples, _arrays(content, sent(member))
+            model = reading.model(content, sent(member))
+            noise.take(member, content)
+            yield member, examples * noise.factor(member), model
         except ValueError as reason:
             strategy.reject(server_round, "train", member, reason)
+    reading.tell_skips(server_round)
+    noise.settle(server_round)
 
 
 def average(models: Iterable[tuple[float, Arrays]]) -> ArrayRecord | None:
@@ -39,11 +48,6 @@ def average(models: Iterable[tuple[float, Arrays]]) -> ArrayRecord | None:
         return as_record(weighted_mean(models))
     except NothingToAverage:
         return None
-
-
-def as_record(arrays: Arrays) -> ArrayRecord:
-    """Named arrays as a record of a message."""
-    return ArrayRecord({name: Array(np.asarray(values)) for name, values in arrays.items()})
 
 
 def as_arrays(record: ArrayRecord) -> Arrays:
@@ -57,21 +61,3 @@ def _examples(content: RecordDict) -> float:
     if not isinstance(examples, int) or examples < 0:
         raise ValueError(f"it says that it has {examples!r} samples")
     return float(examples)
-
-
-def _arrays(content: RecordDict, wanted: ArrayRecord) -> Arrays:
-    """The arrays of a reply; ``ValueError`` unless they are shaped like ``wanted`` and finite."""
-    record = content.array_records.get("arrays")
-    if record is None or list(record) != list(wanted):
-        raise ValueError("it is not the global model's state dict")
-    arrays: Arrays = {}
-    for name, array in record.items():
-        values, model = read_array(name, array), wanted[name]
-        if values.shape != tuple(model.shape) or str(values.dtype) != model.dtype:
-            raise ValueError(
-                f"{name} is {values.dtype} {values.shape}, not {model.dtype} {tuple(model.shape)}"
-            )
-        if not np.isfinite(values).all():
-            raise ValueError(f"{name} is not finite")
-        arrays[name] = values
-    return arrays

@@ -2,27 +2,42 @@
 
 The global model w goes to every client of the round; each trains it on its own data and returns w_k;
 w becomes sum_k a_k w_k / sum_k a_k with a_k = n_k (``weighting=examples``) or 1 (``equal``).
-Normalisation statistics are averaged with the same weights, integer counters take their maximum.
+Normalisation statistics are averaged with the same weights, integer counters take their maximum, unless
+``buffers`` says otherwise.
 With one client and no local epochs w does not change by a bit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, ClassVar
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 
-from fedkit.engine.strategy import FederatedStrategy, ServerModels, Sizes, Traffic
-from fedkit.settings import Value, setting
+from fedkit.engine.roster import Member
+from fedkit.engine.strategy import Exchange, FederatedStrategy, ServerModels, Sizes, Traffic
+from fedkit.knowledge.reduction import Arrays
+from fedkit.settings import FederationSettings, Value, setting
 from strategies.averaging import average, received_models
-from strategies.rates import OptimiserHyperparameters
+from strategies.buffers import BufferHyperparameters, Travelling, travelling
+from strategies.outer import OuterHyperparameters, check_outer, outer_step
+from strategies.rates import OPTIMISERS, OptimiserHyperparameters
+from strategies.robust import RobustHyperparameters
+from strategies.static_norm import StaticNorm
+from strategies.updates import UpdateHyperparameters, bytes_up, check_updates
 
 
 @dataclass(frozen=True)
-class FedAvgHyperparameters(OptimiserHyperparameters):
+class FedAvgHyperparameters(
+    OptimiserHyperparameters,
+    BufferHyperparameters,
+    OuterHyperparameters,
+    UpdateHyperparameters,
+    RobustHyperparameters,
+):
     """FedAvg's hyper-parameters."""
 
     preset: str = setting(
@@ -37,15 +52,34 @@ class FedAvgHyperparameters(OptimiserHyperparameters):
     learning_rate: float = setting(
         0.01, "learning rate", above=0, source="ours; the paper searched a grid"
     )
-    optimiser: str = setting(
-        "sgd", "optimiser, made anew in each round", choices=("sgd", "adam"), source="paper: sgd"
-    )
+    optimiser: str = setting("sgd", "a client's optimiser", choices=OPTIMISERS, source="paper: sgd")
     weighting: str = setting(
         "examples",
         "weight of a client: its samples, or 1",
         choices=("examples", "equal"),
         source="paper: examples",
     )
+    finetune_epochs: int = setting(
+        0,
+        "epochs on private data, at the base learning rate, that a copy of the global model learns before "
+        "each measuring as the client's own; nothing of it is sent or kept",
+        unit="epochs",
+        minimum=0,
+        source="ours",
+    )
+
+
+@dataclass
+class FedAvgState:
+    """What FedAvg remembers.
+
+    Attributes:
+        momentum: the outer optimiser's u, by tensor (float64).
+        noise: with ``robust``, by client how badly it explains its labels, beside the others.
+    """
+
+    momentum: Arrays = field(default_factory=dict)
+    noise: dict[int, float] = field(default_factory=dict)
 
 
 class FedAvg(FederatedStrategy):
@@ -58,32 +92,75 @@ class FedAvg(FederatedStrategy):
         "paper": {"select": "uniform:0.1"},
     }
 
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.state = FedAvgState()
+
+    @classmethod
+    def check(cls, settings: FederationSettings, hyper: Any) -> None:
+        """An outer optimiser and a way for updates to travel that there are."""
+        super().check(settings, hyper)
+        check_outer(hyper)
+        check_updates(hyper)
+
+    @cached_property
+    def travelling(self) -> Travelling:
+        """Which tensors of the model go to clients and come back."""
+        return travelling(self.facts, self.facts.settings.model, self.hyper.buffers)
+
     def initial_arrays(self) -> ArrayRecord:
         """The global model's initial weights, from the run's seed."""
         return self.facts.initial_weights(self.facts.settings.model)
 
     def server_models(self, arrays: ArrayRecord) -> ServerModels:
-        """The global model."""
-        return {"global": (self.facts.settings.model, arrays)}
+        """The global model; none where a part of it stays with the clients."""
+        return {} if self.travelling.never else {"global": (self.facts.settings.model, arrays)}
+
+    def before_evaluate(self) -> Sequence[Exchange]:
+        """With static statistics, gather them."""
+        return StaticNorm(self, self.travelling).exchanges()
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Send w."""
-        content = RecordDict({"arrays": arrays, "config": self.config(server_round)})
-        self._global = arrays
-        return self.instruct(self.members(grid), "train", server_round, lambda member: content)
+        self._global, sent = arrays, self.travelling.down(arrays)
+        self._returned = self.travelling.up(sent)
+
+        def content(member: Member) -> RecordDict:
+            return RecordDict({"arrays": sent, "config": self.config_of(server_round, member)})
+
+        return self.instruct(self.members(grid), "train", server_round, content)
+
+    def config_of(self, server_round: int, member: Member) -> ConfigRecord:
+        """What goes with a member's instruction."""
+        return self.config(server_round)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """w <- sum_k a_k w_k / sum_k a_k over the received replies; nothing received: keep w."""
+        """w <- sum_k a_k w_k / sum_k a_k over the received replies, or as ``outer`` steps towards that.
+
+        Nothing received: keep w.
+        """
         received = received_models(
-            self, server_round, replies, lambda member: self._global, self.hyper.weighting
+            self, server_round, replies, lambda member: self._returned, self.hyper.weighting
         )
-        return average((weight, model) for _, weight, model in received), None
+        mean = average((weight, model) for _, weight, model in received)
+        if mean is None:
+            return None, None
+        after = outer_step(self, server_round, self._global, mean)
+        return self.travelling.merged(self._global, after), None
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Ask every member to measure the global model, or what it is with its own part."""
+        sent = self.travelling.down(arrays)
+        config.update(self.config(server_round))
+        return super().configure_evaluate(server_round, sent, config, grid)
 
     @staticmethod
     def traffic(hyper: Any, sizes: Sizes) -> Traffic:
-        """The model, both ways."""
-        return sizes.own_model, sizes.own_model
+        """The model down, its update up; of ``topk`` at most so much."""
+        return bytes_up(hyper, sizes), sizes.own_model

@@ -54,6 +54,13 @@ class FedDFHyperparameters(
         choices=("examples", "equal"),
         source="[P] examples, [C] equal",
     )
+    buffers: str = setting(
+        "average",
+        "exchange=weights: running statistics of batch normalisation are averaged as weights are, since "
+        "the server runs the clients' networks with them",
+        choices=("average",),
+        source="[P]",
+    )
     drop_worst: bool = setting(
         False,
         "exchange=weights: leave models out of the ensemble that are right on less than 1.2 times "

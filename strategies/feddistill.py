@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, ClassVar
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
@@ -30,16 +31,21 @@ from fedkit.knowledge.reduction import Arrays, NothingToAverage
 from fedkit.knowledge.softening import softened
 from fedkit.settings import FederationSettings, Value, setting
 from strategies.averaging import as_arrays, as_record, average, received_models
+from strategies.buffers import BufferHyperparameters, Travelling, travelling
 from strategies.distillation import DistilHyperparameters
 from strategies.public_round import PublicRound
 from strategies.rates import OptimiserHyperparameters
 from strategies.reducer import ConsensusHyperparameters, Reducer, check_reducer
+from strategies.static_norm import StaticNorm
 from strategies.students import Students, check_students
 
 
 @dataclass(frozen=True)
 class FedDistillHyperparameters(
-    OptimiserHyperparameters, DistilHyperparameters, ConsensusHyperparameters
+    OptimiserHyperparameters,
+    DistilHyperparameters,
+    ConsensusHyperparameters,
+    BufferHyperparameters,
 ):
     """FedDistill's hyper-parameters; [S] the source."""
 
@@ -106,6 +112,13 @@ class FedDistillHyperparameters(
         "exchange=weights: weight of a copy in the mean: the client's samples, or 1",
         choices=("examples", "equal"),
         source="[S] examples",
+    )
+    buffers: str = setting(
+        "average",
+        "exchange=weights: running statistics of batch normalisation in the copies: averaged as weights "
+        "are; static: none in training, gathered from all clients before each measuring",
+        choices=("average", "static"),
+        source="ours; [S] does not say",
     )
 
 
@@ -229,12 +242,22 @@ class FedDistill(PublicRound):
 
     # exchange=weights
 
+    @cached_property
+    def travelling(self) -> Travelling:
+        """Which tensors of the copies come back."""
+        return travelling(self.facts, self.facts.settings.model, self.hyper.buffers)
+
+    def before_evaluate(self) -> Sequence[Exchange]:
+        """With static statistics, gather them."""
+        weights = self.hyper.exchange == "weights"
+        return StaticNorm(self, self.travelling).exchanges() if weights else []
+
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Send the global model theta."""
         content = RecordDict({"arrays": arrays, "config": self.config(server_round)})
-        self._global = arrays
+        self._global, self._returned = arrays, self.travelling.up(arrays)
         return self.instruct(self.members(grid), "train", server_round, lambda member: content)
 
     def aggregate_train(
@@ -242,9 +265,10 @@ class FedDistill(PublicRound):
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """theta <- sum_k a_k theta_k / sum_k a_k over the received replies."""
         received = received_models(
-            self, server_round, replies, lambda member: self._global, self.hyper.model_weighting
+            self, server_round, replies, lambda member: self._returned, self.hyper.model_weighting
         )
-        return average((weight, model) for _, weight, model in received), None
+        mean = average((weight, model) for _, weight, model in received)
+        return None if mean is None else self.travelling.merged(self._global, mean), None
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid

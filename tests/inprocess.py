@@ -17,7 +17,7 @@ from fedkit.engine.driver import Driver
 from fedkit.engine.events import Event
 from fedkit.engine.facts import ServerView
 from fedkit.engine.history import History
-from fedkit.engine.plan import client_models, make_plan
+from fedkit.engine.plan import client_depths, client_models, make_plan
 from fedkit.flower import (
     decode_message,
     encode_message,
@@ -27,7 +27,7 @@ from fedkit.flower import (
     take_identity,
     unavailable_reply,
 )
-from fedkit.registry import load
+from fedkit.registry import load, split
 from fedkit.settings import as_config
 
 Tamper = Callable[[Message, Message], Message | None]
@@ -120,6 +120,10 @@ class RepeatingGrid(InProcessGrid):
         return Message(known.content, reply_to=sent) if known.has_content() else known
 
 
+def cycled(texts: str, client: int) -> str:
+    return texts.split(",")[client % len(texts.split(","))].strip()
+
+
 class InProcessFederation:
     """A federation as `fedkit run` would make it, without processes."""
 
@@ -136,17 +140,22 @@ class InProcessFederation:
         self.history = History()
         self.view = ServerView(self.plan)
         self.strategy = self.plan.strategy(self.plan.hyper, self.view.facts(), self.emit)
-        app = load("clients", self.plan.federation.strategy)
+        app = load("clients", split(self.plan.federation.strategy)[0])
         apps = {}
-        for client, model in enumerate(client_models(self.plan)):
+        told = zip(client_models(self.plan), client_depths(self.plan), strict=True)
+        for client, (model, depth) in enumerate(told):
             config = {
                 "partition-id": client,
                 "num-partitions": self.plan.federation.num_shards,
                 "model": model,
+                "width": cycled(self.plan.local.widths, client),
+                "depth": depth,
                 "device": "cpu",
                 "public-sets": str(Path(gettempdir()) / "fedkit-test-public-sets"),
                 "data-root": self.plan.data.data_root,
                 "allow-checksum-mismatch": self.plan.data.allow_checksum_mismatch,
+                "time-budget": cycled(self.plan.local.time_budgets or "0", client),
+                "corrupt": cycled(self.plan.local.corrupt, client).replace("none", ""),
             }
             context = new_context(client + 2, config)
             context.run_config = as_config(self.plan.federation)
@@ -158,10 +167,10 @@ class InProcessFederation:
             self.grid,
             self.plan.federation,
             self.emit,
-            check=lambda node_id, facts: self.view.why_not(facts),
+            check=lambda node_id, facts: self.view.why_not(facts) or self.strategy.why_not(facts),
             offer=self.view.offer,
             evaluate_fn=lambda round, arrays: self.view.measure(
-                self.strategy.server_models(arrays)
+                self.strategy.server_models(arrays), self.strategy.measured
             ),
             round_over=lambda round, arrays: self.round_over(round, arrays),
         )

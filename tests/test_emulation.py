@@ -16,7 +16,7 @@ from fedkit.devices.emulation import Emulation
 from fedkit.devices.profiles import KNOWN, Profile, profile
 from fedkit.engine.plan import make_plan
 from fedkit.errors import FedkitError, UsageError
-from fedkit.flower import take_identity
+from fedkit.flower import new_context, take_identity
 
 PLAIN = Profile("plain", slowdown=10.0, up_mbit=8.0, down_mbit=80.0, latency=0.5)
 MILLION = 250_000  # of float32
@@ -49,6 +49,10 @@ def emulated(profile, clock=None, seed=1, client=0):
     return Emulation(Device(profile, seed, client), now=clock, sleep=clock.sleep), clock
 
 
+def here():
+    return new_context(2, {})
+
+
 def told(answer):
     timing = answer.content.config_records["timing"]
     return timing["seconds"], timing["transfer-seconds"]
@@ -57,7 +61,7 @@ def told(answer):
 def test_times_are_the_profiles_formula_and_nothing_waits():
     emulation, clock = emulated(PLAIN)
     started = time.perf_counter()
-    answer = emulation.work(busy(0.05), instruction(), None)
+    answer = emulation.work(busy(0.05), instruction(), here())
     real = time.perf_counter() - started
     work, transfer = told(answer)
     # A megabyte: 0.1 s down and 1 s up, and half a second each way.
@@ -76,7 +80,7 @@ def test_a_real_clock_sleeps_for_what_is_missing():
     fast = replace(PLAIN, slowdown=3.0, latency=0.01, up_mbit=800.0, down_mbit=800.0)
     emulation = Emulation(Device(fast, 1, 0), sleep=sleep)
     started = time.perf_counter()
-    answer = emulation.work(busy(0.1), instruction(), None)
+    answer = emulation.work(busy(0.1), instruction(), here())
     passed = time.perf_counter() - started
     work, transfer = told(answer)
     # Down, what is missing of the work, and up; never less in all than it tells.
@@ -87,7 +91,7 @@ def test_a_real_clock_sleeps_for_what_is_missing():
 def test_what_costs_the_algorithm_nothing_is_not_slowed():
     emulation, clock = emulated(PLAIN)
     for kind in ("query.join", "evaluate", "train.alone"):
-        answer = emulation.work(busy(0.0), instruction(kind), None)
+        answer = emulation.work(busy(0.0), instruction(kind), here())
         assert "transfer-seconds" not in answer.content.config_records["timing"]
     assert clock() == 0
 
@@ -99,7 +103,7 @@ def test_a_device_that_is_away_answers_when_it_is_back():
     emulation, _ = emulated(away, clock, seed=4)
     gone = next(minute * 60.0 for minute in range(1000) if not device.available(minute * 60.0))
     clock.advance(gone)
-    answer = emulation.work(busy(0.0), instruction(), None)
+    answer = emulation.work(busy(0.0), instruction(), here())
     back = device.available_from(gone)
     assert back > gone and clock() > back
     assert told(answer)[1] >= back - gone
@@ -110,7 +114,7 @@ def test_a_battery_window_is_waited_for():
     emulation, clock = emulated(night, seed=2)
     device = Device(night, 2, 0)
     assert device.available_from(0.0) > 0  # its day begins outside
-    emulation.work(busy(0.0), instruction(), None)
+    emulation.work(busy(0.0), instruction(), here())
     assert device.available(clock()) and clock() >= device.available_from(0.0)
 
 
@@ -121,13 +125,17 @@ def test_a_device_that_is_never_there_is_told_so():
     clock.advance(3600)
     assert math.isinf(Device(never, 1, 0).available_from(3600))
     with pytest.raises(FedkitError, match="not there for a week"):
-        emulation.work(busy(0.0), instruction(), None)
+        emulation.work(busy(0.0), instruction(), here())
 
 
 def test_the_same_seed_is_the_same_device_and_another_is_another():
     phone = KNOWN["phone-mid"]
     transfers = [
-        told(emulated(phone, seed=seed, client=client)[0].work(busy(0), instruction(), None))[1]
+        told(
+            emulated(phone, seed=seed, client=client)[0].work(
+                busy(0), instruction(), new_context(2, {})
+            )
+        )[1]
         for seed, client in ((1, 0), (1, 0), (1, 1), (2, 0))
     ]
     assert transfers[0] == pytest.approx(transfers[1])
@@ -167,3 +175,15 @@ def test_profiles_are_checked_before_anything_starts(tmp_path):
     own.write_text("slowdown = 3\nup-mbit = 1\ndown-mbit = 2\nlatency = 0.1\n")
     assert profile(str(own)).slowdown == 3
     assert make_plan({"emulate": f"laptop,{own}"}, local=True).local.emulate
+
+
+def test_who_works_on_an_instruction_can_tell_how_slow_the_device_is():
+    emulation, _ = emulated(PLAIN)
+    seen = []
+
+    def app(message, context):
+        seen.append(context.node_config["slowdown"])
+        return busy(0.0)(message, context)
+
+    emulation.work(app, instruction(), here())
+    assert seen == [PLAIN.slowdown]

@@ -121,6 +121,10 @@ def test_processes_and_one_process_agree_to_the_bit(demo):
         ),
         pytest.param("fd", {}, [], marks=pytest.mark.slow),
         pytest.param("fedproto", {}, [], marks=pytest.mark.slow),
+        pytest.param(
+            *("fedprox", {"work": "stragglers:0.5", "corrupt": "none,noise:1.0"}, ["global"]),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_other_strategies_run_from_python(strategy, settings, models, tmp_path):

@@ -184,11 +184,12 @@ def descended(model, loss, rate, steps=1):
     [
         ("lenet", {"momentum": 0.5}),
         ("lenet:batch", {"schedule": "step", "schedule_patience": 0}),
+        ("lenet:batch", {"buffers": "static"}),
         # A rate at which the loss rises at times, so that plateau has something to do.
         ("lenet", {"schedule": "plateau", "schedule_patience": 0, "learning_rate": 0.5}),
         ("lenet", KEPT),
     ],
-    ids=["momentum", "step", "plateau", "kept"],
+    ids=["momentum", "step", "static", "plateau", "kept"],
 )
 def test_without_distillation_it_is_fedavg_to_the_bit(model, how):
     shared = LOCAL | {"model": model, "clients": 3, "rounds": 3, "partition": "dirichlet:0.3"} | how

@@ -22,7 +22,7 @@ TEXT = ["lstm:32", "transformer:0.25"]
 ON_IMAGES = [
     *(
         set(names("models"))
-        - {"lstm", "transformer", "preresnet18", "preresnet-1112"}
+        - {"exits", "lstm", "transformer", "preresnet18", "preresnet-1112"}
         - set(ALIASES)
     ),
     "lenet:batch",

@@ -15,7 +15,7 @@ from fedkit.cli.options import describe
 from fedkit.engine.plan import LOCAL_DEFAULTS, client_models, make_plan
 from fedkit.engine.strategy import build_hyperparameters
 from fedkit.errors import UsageError
-from fedkit.registry import load, names
+from fedkit.registry import all_names, load
 from fedkit.rundir import RunDirectory
 from fedkit.settings import (
     DataSettings,
@@ -34,7 +34,7 @@ from fedkit.settings import (
 )
 
 GROUPS = (FederationSettings, ServerSettings, DataSettings, RunSettings)
-STRATEGIES = names("strategies")
+STRATEGIES = all_names("strategies")
 every_strategy = pytest.mark.parametrize("strategy", STRATEGIES)
 
 

@@ -460,7 +460,7 @@ def test_fedmd_keeps_two_adam_states_as_long_as_the_model():
     batches = -(-examples_of(run)[0] // 32)
     state = run.context(0).state
     assert state["own-digest-optimiser"]["0/step"].numpy() == 2 * 2 * 3
-    assert state["own-revisit-optimiser"]["0/step"].numpy() == 3 * batches + 2 * batches
+    assert state["own-private-optimiser"]["0/step"].numpy() == 3 * batches + 2 * batches
 
 
 @pytest.mark.parametrize("settings", [FEDAVG, KTPFL], ids=lambda s: s["strategy"])

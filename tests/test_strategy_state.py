@@ -304,6 +304,8 @@ LOCAL = {
 KEPT = LOCAL | {"optimiser": "adam", "learning_rate": 0.003, "keep_optimiser": True}
 CASES = {
     "fedavg": FEDAVG | {"schedule": "cosine", "model": "lenet:batch"},
+    "fedprox": FEDAVG
+    | {"strategy": "fedprox", "adaptive_mu": True, "work": "stragglers:0.7", "local_epochs": 2},
     "fedmd": FEDMD | {"schedule": "plateau", "schedule_patience": 0},
     "fedmd fused": FEDMD | {"fuse": True},
     "ktpfl": KTPFL | {"matrix_rate": 0.5},
@@ -322,7 +324,7 @@ CASES = {
     "fedproto": {"strategy": "fedproto", "local_epochs": 1},
 }
 # These send nothing about the public set.
-APART = ("fedavg", "fd", "fedproto")
+APART = ("fedavg", "fedprox", "fd", "fedproto")
 
 
 def federation_of(case):

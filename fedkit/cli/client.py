@@ -12,7 +12,7 @@ import typer
 from fedkit.cli import terminal
 from fedkit.cli.options import LOCAL_SERVER, Server, checked_address, with_settings
 from fedkit.errors import UsageError
-from fedkit.models.budget import read_bytes
+from fedkit.models.budget import read_bytes, read_depth, read_seconds, read_width
 from fedkit.security.settings import ClientSecurity, check_client, resolve_token
 from fedkit.settings import DataSettings
 
@@ -22,6 +22,10 @@ Examples:
   fedkit client --model resnet18 --dataset folder:~/pictures --memory-budget 2GB
   fedkit client --model my_networks:tiny --data-shard 0
   fedkit client --data-shard 4 --tag lab --emulate pi4
+  fedkit client --data-shard 3 --width 0.25
+  fedkit client --data-shard 3 --width auto --memory-budget 64MB --time-budget 20
+  fedkit client --data-shard 6 --depth auto --memory-budget 64MB
+  fedkit client --data-shard 5 --time-budget 20 --corrupt noise:1.0
   fedkit client --data-shard auto --server 10.0.0.5:8090 --root-certificates ca.pem
   fedkit client --model lenet --data-shard 2 --state-dir /var/lib/fedkit --stay
   fedkit client --model lenet --data-shard 1 --server 10.0.0.5:8090 --root-certificates ca.pem \\
@@ -115,6 +119,43 @@ def client(
             help="Refuse to train a network that needs more, as in 512MB or 2GiB.",
         ),
     ] = None,
+    width: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SHARE|auto",
+            help="Train this share of the channels of every layer, as in 0.25; auto takes the widest level "
+            "within the budgets, by measured memory and time (heterofl; depthfl takes a "
+            "number).  [default: what the server gives]",
+            show_default=False,
+        ),
+    ] = None,
+    depth: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NUMBER|auto",
+            help="Train the first NUMBER stages of the network, each with an exit; auto takes as many as "
+            "the budgets allow (strategy depthfl).  [default: all]",
+            show_default=False,
+        ),
+    ] = None,
+    time_budget: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SECONDS",
+            help="So long may a round's local training take: FedProx with work=budget then does fewer "
+            "epochs, and --width auto and --depth auto a smaller network.  [default: no limit]",
+            show_default=False,
+        ),
+    ] = None,
+    corrupt: Annotated[
+        str | None,
+        typer.Option(
+            metavar="noise:SIGMA",
+            help="A broken sensor, to see what becomes of a federation with one: Gaussian noise on this "
+            "client's own inputs, in standard deviations of the data set.  [default: none]",
+            show_default=False,
+        ),
+    ] = None,
     stay: Annotated[
         bool,
         typer.Option(
@@ -132,6 +173,7 @@ def client(
     settings: dict[str, Any],
 ) -> None:
     """Take part in a federation as one device; every other setting comes from the server."""
+    from fedkit.data.corruption import NONE, read_noise
     from fedkit.data.names import check_dataset
     from fedkit.devices.profiles import profile
     from fedkit.engine.client import Client, ClientPlan
@@ -139,6 +181,8 @@ def client(
     from fedkit.settings import build
 
     terminal.end_with_parent()
+    broken = "" if corrupt is None or corrupt == NONE else corrupt
+    read_noise(broken)
     sources = build(DataSettings, settings)
     allow(*(spec for spec in (model, dataset, partition) if spec is not None))
     if model is not None:
@@ -156,6 +200,10 @@ def client(
         shard=_shard(data_shard, dataset),
         own_dataset=dataset if data_shard is None else None,
         memory_budget=read_bytes(memory_budget) if memory_budget is not None else 0,
+        width=read_width(width) if width is not None else "",
+        depth=read_depth(depth) if depth is not None else "",
+        time_budget=read_seconds(time_budget) if time_budget is not None else 0.0,
+        corrupt=broken,
         model=model,
         device=device,
         tags=_tags(tag or []),

@@ -16,6 +16,8 @@ Examples:
   fedkit export runs/2026-11-21T17-45-03-fedavg
   fedkit export runs/2026-11-21T17-45-03-ktpfl --model client-2 --out resnet.pt
   fedkit export /var/lib/fedkit --format onnx
+  fedkit export runs/2026-11-21T17-45-03-heterofl --width 0.25 --format onnx
+  fedkit export runs/2026-11-21T17-45-03-depthfl --model global --exit 2 --out shallow.onnx
 """
 ModelPlace = Annotated[
     Path,
@@ -69,6 +71,26 @@ def export(
             show_default=False,
         ),
     ] = None,
+    width: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SHARE",
+            help="Cut a network to this share of the channels of every layer, as in 0.25.  [default: the "
+            "network as it is]",
+            show_default=False,
+        ),
+    ] = None,
+    at_exit: Annotated[
+        int | None,
+        typer.Option(
+            "--exit",
+            min=1,
+            metavar="NUMBER",
+            help="Cut a network with several exits at this one: what is written ends there.  "
+            "[default: the network as it is]",
+            show_default=False,
+        ),
+    ] = None,
     federation: FederationId = None,
     allowed: Annotated[
         str,
@@ -82,19 +104,26 @@ def export(
     ] = "",
 ) -> None:
     """Write a model as a file for other programs: the server's, or a client's own as it is now."""
-    from fedkit.engine.saved import chosen, models_of
+    from fedkit.engine.saved import at_width, chosen, models_of
 
     allow(*listed(allowed))
     kind = _format(format, out)
-    found = chosen(models_of(path, federation), model, path)
+    every = models_of(path, federation)
+    found = chosen(every, model if width is None else at_width(every, model, width), path)
     file = out or Path(f"{found.label.replace('/', '-')}.{kind}")
     if file.exists():
         raise UsageError(f"{file} is there already: choose another --out.")
     from fedkit.models import export as files
 
-    files.export(found.read(), file, kind)
+    saved = found.read()
+    if at_exit is not None:
+        saved = files.cut(saved, at_exit)
+    if width is not None:
+        saved = files.narrowed(saved, width)
+    files.export(saved, file, kind)
     if not terminal.quiet:
-        print(f"The model {found.label} of {path} is in {file}.")
+        part = "" if width is None else f" at width {width:g}"
+        print(f"The model {found.label} of {path}{part} is in {file}.")
 
 
 def _format(format: str | None, out: Path | None) -> str:

@@ -12,7 +12,7 @@ import typer
 from fedkit.cli.models import look_at, model_rows, print_models
 from fedkit.cli.options import Format, wants_json, with_settings
 from fedkit.errors import UsageError
-from fedkit.registry import KINDS, load, names, suggest
+from fedkit.registry import KINDS, all_names, load, suggest
 from fedkit.settings import DataSettings
 
 EXAMPLES = """\b
@@ -21,6 +21,7 @@ Examples:
   fedkit list models --dataset cifar100:coarse
   fedkit list models --shape 3x64x64 --classes 200 --format json
   fedkit list settings ktpfl
+  fedkit list settings flwr:FedAdam
   fedkit list partitions --format json
 """
 SHOWN = [kind for kind in KINDS if kind != "clients"]
@@ -74,7 +75,7 @@ def list_names(
     elif kind == "settings":
         rows = _settings(strategy)
     elif kind in SHOWN:
-        rows = [{"name": name, "about": _about(load(kind, name))} for name in names(kind)]
+        rows = [{"name": name, "about": _about(load(kind, name))} for name in all_names(kind)]
     else:
         known = [*SHOWN, "settings"]
         raise UsageError(f"There is no list of {kind!r}{suggest(kind, known)}.")

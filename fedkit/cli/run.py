@@ -29,6 +29,8 @@ Examples:
   fedkit run --strategy ktpfl --clients 4 --rounds 10
   fedkit run --strategy fedmd --models lenet,resnet18 --partition classes:4 -o digest-epochs=2
   fedkit run --strategy fedavg --model cnn --dry-run
+  fedkit run --strategy depthfl --model cnn --depths 1,2,3
+  fedkit run --strategy fedprox --model cnn -o work=stragglers:0.9 --corrupt none,none,none,noise:1.0
   fedkit run --config runs/2026-11-21T17-45-03-ktpfl/config.toml
 """
 # What differs from `fedkit server`, as the help shows it.

@@ -6,6 +6,7 @@ clients make it for themselves and compare digests at join.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -128,6 +129,19 @@ class FederatedData:
             train=replace(train, augment=augmentation(self.settings.augment, train.shape)),
             val=_taken(pool, val_part),
             test=self.dataset.test.all() if with_test else _taken(pool, test_part),
+        )
+
+    def pooled(self, numbers: Sequence[int]) -> Samples:
+        """The training samples of some shards together; one that several hold counts as often.
+
+        Raises:
+            UsageError, FedkitError: as ``shard``.
+        """
+        parts = [self.shard(number).train for number in numbers]
+        return replace(
+            parts[0],
+            data=torch.cat([part.data for part in parts]),
+            labels=torch.cat([part.labels for part in parts]),
         )
 
 

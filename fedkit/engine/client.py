@@ -38,6 +38,10 @@ class ClientPlan:
         shard: which shard it holds; None takes the next free one.
         own_dataset: a data set of its own, of which it uses all, instead of a shard.
         memory_budget: bytes that training may take; 0: not limited.
+        width: the share of the network's channels that it trains, ``auto``, or nothing for the server's.
+        depth: how many stages of the network it trains, ``auto``, or nothing for all.
+        time_budget: seconds that a round's local training may take; 0: not limited.
+        corrupt: what its sensor suffers from, as ``fedkit.data.corruption`` reads it.
         model: its architecture; None takes the federation's.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:I`` or ``mps``.
         tags: words by which it wants to be found.
@@ -64,6 +68,10 @@ class ClientPlan:
     data: DataSettings
     tags: tuple[str, ...] = ()
     emulate: Profile | None = None
+    width: str = ""
+    depth: str = ""
+    time_budget: float = 0.0
+    corrupt: str = ""
     max_wait: float | None = None
     stay: bool = False
     reset_state: bool = False
@@ -183,6 +191,10 @@ class Client:
                 "allow-checksum-mismatch": plan.data.allow_checksum_mismatch,
                 "own-dataset": plan.own_dataset or "",
                 "memory-budget": plan.memory_budget,
+                "width": plan.width,
+                "depth": plan.depth,
+                "time-budget": plan.time_budget,
+                "corrupt": plan.corrupt,
                 "public-sets": str(self._directory.path / PUBLIC_SETS),
             }
             self._membership = Membership(

@@ -17,7 +17,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
 from fedkit.engine.choosing import Chooser
-from fedkit.engine.events import REWIND, Event, Listener
+from fedkit.engine.events import APART, REWIND, Event, Listener
 from fedkit.engine.known import Known
 from fedkit.engine.observing import Observed, emit_metrics
 from fedkit.engine.probing import Probing
@@ -201,7 +201,7 @@ class Driver:
             silent = {member.client for member in chosen} - {m.client for m in grid.members}
             measured = [m for m in everybody if last or m.client not in silent]
             apart = RoundGrid(self._grid, measured, time.monotonic() + settings.round_timeout)
-            self._measure(server_round, arrays, apart, last)
+            arrays = self._measure(server_round, arrays, apart, last)
         self._emit(Event("round", server_round, None, None, "seconds_server", server_seconds))
         self._emit(Event("round", server_round, None, None, "seconds", seconds, len(chosen)))
         self._learn(server_round, grid)
@@ -250,7 +250,7 @@ class Driver:
         for _ in replies:  # what the strategy did not read still belongs to the record
             continue
         grid.members = [m for m in grid.members if m.node_id not in observed.silent]
-        if metrics is not None and exchange.name != "evaluate":
+        if metrics is not None and exchange.name not in APART:
             self._result.train_metrics_clientapp[server_round] = metrics
         if observed.asked:
             seconds = time.monotonic() - started
@@ -262,7 +262,10 @@ class Driver:
 
     def _measure(
         self, server_round: int, arrays: ArrayRecord, grid: RoundGrid, whole: bool
-    ) -> None:
+    ) -> ArrayRecord:
+        """Measure everywhere; gives the global model with what was found out about it for that."""
+        strategy = self._strategy
+        before = strategy.before_evaluate() if isinstance(strategy, FederatedStrategy) else []
         samples = 0 if whole else self._settings.eval_samples
         config = ConfigRecord({"server-round": server_round, "eval-samples": samples})
 
@@ -273,13 +276,18 @@ class Driver:
             return None, None
 
         evaluate = Exchange("evaluate", self._strategy.configure_evaluate, aggregate)
-        self._exchange(server_round, evaluate, arrays, config, grid)
+        exchanges = [*before, evaluate]
+        for at, exchange in enumerate(exchanges):
+            grid.share = 1 / (len(exchanges) - at)
+            new = self._exchange(server_round, exchange, arrays, config, grid)
+            arrays = arrays if new is None else new
         if self._evaluate_fn is None:
-            return
+            return arrays
         metrics = self._evaluate_fn(server_round, arrays)
         if metrics is not None:
             self._result.evaluate_metrics_serverapp[server_round] = metrics
             emit_metrics(self._emit, server_round, "evaluate", None, metrics)
+        return arrays
 
     def _alone(self, strategy: FederatedStrategy) -> Exchange:
         def configure(

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from rich.table import Table
 
 from fedkit.data.splits import cut
-from fedkit.engine.plan import Plan, client_models
+from fedkit.engine.plan import Plan, client_depths, client_models, client_widths
 from fedkit.engine.strategy import Sizes
 from fedkit.models.build import build_model, parameter_count, state_bytes
+from fedkit.models.narrow import at_width
 from fedkit.report import size, wide_console
 
 
@@ -21,13 +23,19 @@ def dry_run(plan: Plan) -> dict[str, Any]:
     """
     settings = plan.federation
     data = cut(settings, plan.data)
-    global_model = build_model(settings.model, data.shape, data.outputs, settings.seed)
+    spec = plan.strategy.network(settings.model)
+    global_model = build_model(spec, data.shape, data.outputs, settings.seed)
     rows, global_bytes = [], state_bytes(global_model)
-    for client, name in enumerate(client_models(plan)):
+    told = zip(client_models(plan), client_widths(plan), client_depths(plan), strict=True)
+    for client, (model_name, width, depth) in enumerate(told):
+        # How wide or deep auto is, only the device can tell.
+        name = plan.strategy.network(model_name, int(depth) if depth.isdecimal() else None)
+        name = at_width(name, float(width)) if width not in ("", "auto") else name
         model = build_model(name, data.shape, data.outputs, settings.seed, client)
         model_bytes = state_bytes(model)
         codec = settings.codec.split(",")[0].strip()
-        sizes = Sizes(model_bytes, global_bytes, data.outputs, len(data.public), codec)
+        shapes = tuple(tuple(p.shape) for p in model.parameters() if p.dtype == torch.float32)
+        sizes = Sizes(model_bytes, global_bytes, data.outputs, len(data.public), codec, shapes)
         up, down = plan.strategy.traffic(plan.hyper, sizes)
         shard = data.shard(client)
         rows.append(

@@ -9,9 +9,9 @@ from typing import Any, TypeAlias
 # A round is run again: what was told of it, and of those after it, does not count.
 REWIND = "rewind"
 # Exchanges whose cost is no part of what the algorithm costs.
-APART = frozenset({"alone", "evaluate"})
+APART = frozenset({"alone", "statistics", "evaluate"})
 # The types of their messages, and of joining.
-APART_TYPES = frozenset({"query.join", "evaluate", "train.alone"})
+APART_TYPES = frozenset({"query.join", "query.statistics", "evaluate", "train.alone"})
 
 
 @dataclass(frozen=True)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from threadpoolctl import threadpool_limits
+from torch import nn
 
 from fedkit.data.augment import augmentation
 from fedkit.data.names import OWN
@@ -23,11 +24,18 @@ from fedkit.engine.strategy import Facts, ServerModels
 from fedkit.models.build import restored
 from fedkit.models.files import about_of, save_model
 from fedkit.models.measure import measure
+from fedkit.models.schedules import largest_batch
 from fedkit.registry import split
 from fedkit.settings import Value, as_config
 
+Also: TypeAlias = Callable[[str, nn.Module, Samples], Mapping[str, float]]
 
-def _largest_batch(hyper: Mapping[str, Value], *, public_labels: bool) -> int:
+
+def _nothing(label: str, model: nn.Module, test: Samples) -> Mapping[str, float]:
+    return {}
+
+
+def _largest_batch(hyper: Mapping[str, Value], rounds: int, *, public_labels: bool) -> int:
     """Of those that clients train with: a device with a memory budget wants to know."""
     elsewhere = {"server-batch"} if public_labels else {"server-batch", "pretrain-batch"}
     sizes = [
@@ -35,6 +43,9 @@ def _largest_batch(hyper: Mapping[str, Value], *, public_labels: bool) -> int:
         for name, size in hyper.items()
         if "batch" in name.split("-") and name not in elsewhere and isinstance(size, int)
     ]
+    private = hyper.get("batch-size", hyper.get("revisit-batch"))
+    if isinstance(private, int):
+        sizes.append(largest_batch(str(hyper.get("batch-schedule", "")), private, rounds))
     return max(sizes, default=64)
 
 
@@ -49,8 +60,16 @@ class ServerView:
         self._limits = threadpool_limits(plan.federation.threads)
         self._send_public = plan.server.send_public
         self._batch_size = _largest_batch(
-            as_config(plan.hyper), public_labels=plan.federation.public_labels
+            as_config(plan.hyper),
+            plan.federation.rounds,
+            public_labels=plan.federation.public_labels,
         )
+        # How much a client trains in a round: a device with a time budget wants to know.
+        self._work = {
+            "epochs": int(getattr(plan.hyper, "local_epochs", 1)),
+            "steps": int(getattr(plan.hyper, "local_steps", 0)),
+        }
+        self._levels = str(getattr(plan.hyper, "levels", "1"))
         self.data = cut(plan.federation, plan.data)
         # Told here, and not by every client that joins.
         augmentation(plan.federation.augment, self.data.shape)
@@ -67,6 +86,7 @@ class ServerView:
             public=data.public,
             public_digest=data.public_digest,
             public_labels=labels if settings.public_labels else None,
+            pool=data.pooled,
         )
 
     def why_not(self, facts: ConfigRecord) -> str | None:
@@ -130,6 +150,8 @@ class ServerView:
         told: dict[str, int | str] = {
             "agreement": data.agreement.as_json(),
             "batch-size": self._batch_size,
+            **self._work,
+            "levels": self._levels,
         }
         content = RecordDict({"offer": ConfigRecord({**told})})
         if not lacks_public:
@@ -152,8 +174,11 @@ class ServerView:
     def _test(self) -> Samples:
         return self.data.dataset.test.all()
 
-    def measure(self, models: ServerModels) -> MetricRecord | None:
-        """Accuracy and loss of the server's networks on the common test set."""
+    def measure(self, models: ServerModels, also: Also = _nothing) -> MetricRecord | None:
+        """Accuracy and loss of the server's networks on the common test set.
+
+        ``also`` measures what a strategy wants to know beside: ``FederatedStrategy.measured``.
+        """
         test, metrics = self._test, MetricRecord()
         if not len(test):  # every client brings its own data
             return None
@@ -163,6 +188,7 @@ class ServerView:
             prefix = f"{label}_model/global_test"
             metrics[f"{prefix}/accuracy"], metrics[f"{prefix}/loss"] = measure(model, test)
             metrics[f"{prefix}/n"] = len(test)
+            metrics.update(also(label, model, test))
         return metrics or None
 
     def save(self, models: ServerModels, folder: Path, round: int | None = None) -> None:

@@ -43,6 +43,8 @@ class History:
         self._cpu: dict[int | None, float] = defaultdict(float)
         self._seconds: dict[str, dict[int, float]] = defaultdict(dict)
         self._lines: dict[int, list[str]] = defaultdict(list)
+        # At which share of their channels clients train that do not train all.
+        self._widths: dict[int, float] = {}
         self._seen = Ledger()
 
     def take(self, event: Event) -> None:
@@ -66,6 +68,8 @@ class History:
         elif event.event == "timing" and name == "seconds" and event.exchange not in APART:
             at = round, event.exchange or ""
             self._slowest[at] = max(self._slowest[at], event.value)
+        elif event.event == "width" and client is not None:
+            self._widths[client] = float(event.value)
         elif event.event == "round":
             self._seconds[name][round] = float(event.value)
 
@@ -182,6 +186,8 @@ class History:
         return {
             "id": member.client,
             "model": member.model,
+            "width": self._widths.get(member.client),
+            "depth": member.depth,
             "shard": member.client,
             "examples": member.examples,
             "alone_personal_accuracy": accuracy(ALONE_PERSONAL),

@@ -167,6 +167,15 @@ def _start_client(plan: Plan, directory: Path, address: str, number: int, model:
     if plan.local.emulate:
         kinds = [spec.strip() for spec in plan.local.emulate.split(",")]
         arguments += ["--emulate", kinds[number % len(kinds)]]
+    for option, texts in (
+        ("--width", plan.local.widths),
+        ("--depth", plan.local.depths),
+        ("--time-budget", plan.local.time_budgets),
+        ("--corrupt", plan.local.corrupt),
+    ):
+        if texts:
+            values = [text.strip() for text in texts.split(",")]
+            arguments += [option, values[number % len(values)]]
     if plan.data.data_root:
         arguments += ["--data-root", plan.data.data_root]
     if named := named_here(plan):

@@ -15,7 +15,7 @@ from fedkit.devices.profiles import Profile
 from fedkit.engine.state import ROUNDS_KEPT, FederationState, StateDirectory
 from fedkit.errors import FedkitError, is_out_of_memory, out_of_memory, where_raised
 from fedkit.link.client import Answer
-from fedkit.registry import load
+from fedkit.registry import load, split
 from fedkit.settings import Value
 
 if TYPE_CHECKING:
@@ -149,8 +149,9 @@ class Membership:
         if self._state.begun:
             self._state.restore(context.state)
             _log.warning("Going on from %s (%s).", folder, self._state.last_key)
-        # The name came over the network: it is looked up in this machine's registry only.
-        self._app = load("clients", str(run_config["strategy"]))
+        # The name came over the network: it is looked up in this machine's registry only. Which of a
+        # family of strategies the server runs is its own business.
+        self._app = load("clients", split(str(run_config["strategy"]))[0])
         self._context = context
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
+from fedkit.data.corruption import read_noise
 from fedkit.data.names import (
     OF_FILES,
     OWN,
@@ -17,6 +18,7 @@ from fedkit.data.names import (
 from fedkit.devices.profiles import profiles
 from fedkit.engine.stopping import check_rules
 from fedkit.errors import UsageError
+from fedkit.models.budget import read_depth, read_seconds, read_width
 from fedkit.registry import OWN_CODE, allow, code_of, listed, load, names, split
 from fedkit.security.settings import ServerSecurity, check_server, is_loopback
 from fedkit.settings import (
@@ -96,7 +98,7 @@ def make_plan(values: Mapping[str, Value], *, local: bool = False) -> Plan:
     ]
     if local:
         kinds.append(RunSettings)
-    refuse_unknown(values, kinds)
+    refuse_unknown(values, kinds, strategy.ELSEWHERE)
     hyper = build_hyperparameters(strategy, values)
     implied = _implied(strategy, hyper.preset)
     run = build(RunSettings, values) if local else None
@@ -124,6 +126,14 @@ def make_plan(values: Mapping[str, Value], *, local: bool = False) -> Plan:
     security = _security(values, server, local)
     plan = Plan(federation, hyper, server, security, sources, run)
     strategy.check(federation, hyper)
+    if run is not None and run.widths and not strategy.by_width:
+        raise UsageError(
+            f"widths go with heterofl and depthfl, not with {federation.strategy}: leave --widths out."
+        )
+    if run is not None and run.depths and not strategy.by_depth:
+        raise UsageError(
+            f"depths go with the strategy depthfl, not with {federation.strategy}: leave --depths out."
+        )
     return plan
 
 
@@ -147,6 +157,23 @@ def client_models(plan: Plan) -> list[str]:
         return [plan.federation.model] * plan.local.clients
     models = _model_names(plan.local.models)
     return [models[at % len(models)] for at in range(plan.local.clients)]
+
+
+def client_depths(plan: Plan) -> list[str]:
+    """What each local client is told of its depth, in client order; "" where nothing is."""
+    assert plan.local is not None
+    return _cycled(plan.local.depths, plan.local.clients)
+
+
+def client_widths(plan: Plan) -> list[str]:
+    """What each local client is told of its width, in client order; "" where nothing is."""
+    assert plan.local is not None
+    return _cycled(plan.local.widths, plan.local.clients)
+
+
+def _cycled(text: str, many: int) -> list[str]:
+    words = [word.strip() for word in text.split(",")]
+    return [words[at % len(words)] for at in range(many)]
 
 
 def _model_names(text: str) -> list[str]:
@@ -207,3 +234,11 @@ def _check_local(federation: FederationSettings, run: RunSettings) -> None:
         check("models", name)
     if run.emulate:
         profiles(run.emulate)
+    for text in filter(None, run.widths.split(",")):
+        read_width(text.strip())
+    for text in filter(None, run.depths.split(",")):
+        read_depth(text.strip())
+    for text in filter(None, run.time_budgets.split(",")):
+        read_seconds(text)
+    for text in run.corrupt.split(","):
+        read_noise(text.strip())

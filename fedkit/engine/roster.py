@@ -32,6 +32,10 @@ class Member:
         device: where it computes.
         codecs: the names of the codecs that it knows.
         tags: words by which its owner wants it to be found.
+        corrupt: what its inputs suffer from, on purpose; empty: nothing.
+        width: the share of every layer's channels that it is able to train; None: it does not say.
+        fit: what that takes there, where it was measured, in words.
+        depth: how many stages of a network with several exits it trains; None: it does not say.
     """
 
     node_id: int
@@ -43,6 +47,10 @@ class Member:
     device: str
     codecs: tuple[str, ...]
     tags: tuple[str, ...] = ()
+    corrupt: str = ""
+    width: float | None = None
+    fit: str = ""
+    depth: int | None = None
 
 
 @runtime_checkable
@@ -184,6 +192,10 @@ class Roster:
             del self.members[old]
         self.members[node_id] = member
         text = f"{member.model} ({member.parameters:,} parameters) on {member.device}"
+        if member.fit:
+            text += f", which takes {member.fit}"
+        if member.corrupt:
+            text += f", its inputs corrupted by {member.corrupt}"
         self._emit(Event("join", client=member.client, name=text, value=member.examples))
         return True
 
@@ -241,7 +253,27 @@ def read_member(node_id: int, content: RecordDict) -> Member:
         device=device,
         codecs=_words(facts["codecs"]),
         tags=_words(facts.get("tags", [])),
+        corrupt=_word(facts.get("corrupt", "")),
+        width=_share(facts.get("width")),
+        fit=_word(facts.get("fit", "")),
+        depth=_depth(facts.get("depth")),
     )
+
+
+def _share(value: object) -> float | None:
+    if value is None:
+        return None
+    if not isinstance(value, float) or not 0 < value <= 1:
+        raise ValueError(f"its width is {value!r}")
+    return value
+
+
+def _depth(value: object) -> int | None:
+    if value is None:
+        return None
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"its depth is {value!r}")
+    return value
 
 
 def _words(values: object) -> tuple[str, ...]:

@@ -92,6 +92,17 @@ def chosen(found: Sequence[Found], label: str | None, path: Path) -> Found:
     return found[0]
 
 
+def at_width(found: Sequence[Found], label: str | None, width: float) -> str | None:
+    """The label of the model that a run keeps for a width, with statistics of its own, if it does.
+
+    Else the label of the wider one that can be cut: ``label``, or the global model where there is one.
+    """
+    labels = [model.label for model in found]
+    whole = label or ("global" if "global" in labels else None)
+    kept = f"{whole}-{width:g}"
+    return kept if kept in labels else whole
+
+
 def data_of(path: Path) -> dict[str, Value]:
     """The setting ``data-root``, if ``path`` is a run directory that has it; by outside name."""
     file = path / "config.toml"

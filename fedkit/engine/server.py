@@ -218,7 +218,8 @@ class _Run:
             checkpoints.save(self._progress(server_round), strategy.state, new, selector)
 
         def why_not(node_id: int, facts: ConfigRecord) -> str | None:
-            return self._lobby.why_not(node_id, facts["client"]) or view.why_not(facts)
+            strange = self._lobby.why_not(node_id, facts["client"])
+            return strange or view.why_not(facts) or strategy.why_not(facts)
 
         self._driver = driver = Driver(
             strategy,
@@ -227,7 +228,9 @@ class _Run:
             self._emit,
             check=why_not,
             offer=view.offer,
-            evaluate_fn=lambda round, arrays: view.measure(strategy.server_models(arrays)),
+            evaluate_fn=lambda round, arrays: view.measure(
+                strategy.server_models(arrays), strategy.measured
+            ),
             round_over=round_over,
             known=known,
             elapsed=self._elapsed,

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeAlias
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
@@ -20,6 +21,8 @@ from fedkit.engine.roster import Member
 from fedkit.settings import FederationSettings, Value, as_config, build, key
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from fedkit.data.samples import Samples
 
 Aggregated: TypeAlias = tuple[ArrayRecord | None, MetricRecord | None]
@@ -59,6 +62,8 @@ class Facts:
         public_digest: its SHA-256 (hex).
         public_labels: its labels (int64 array, M0), numbered as the networks' outputs are, if the
             federation uses them.
+        pool: the private training samples of some shards, as the server could cut them: for a reference
+            line that no federation could reach. Corrupt clients' are whole here.
     """
 
     settings: FederationSettings
@@ -66,6 +71,7 @@ class Facts:
     public: Samples
     public_digest: str
     public_labels: Any
+    pool: Callable[[Sequence[int]], Samples]
 
     def initial_weights(self, spec: str) -> ArrayRecord:
         """The weights with which a network that belongs to nobody in particular starts."""
@@ -85,6 +91,7 @@ class Sizes(NamedTuple):
         outputs: number of logits, C.
         public: size of the public set, M0.
         codec: how logits travel.
+        parameters: shapes of the tensors of the client's own model that training moves, in float32.
     """
 
     own_model: int
@@ -92,6 +99,7 @@ class Sizes(NamedTuple):
     outputs: int
     public: int
     codec: str
+    parameters: tuple[tuple[int, ...], ...] = ()
 
 
 class FederatedStrategy(Strategy):
@@ -100,8 +108,14 @@ class FederatedStrategy(Strategy):
     Hyperparameters: ClassVar[type]
     # What a preset changes: hyper-parameters and federation settings by outside name.
     PRESETS: ClassVar[Mapping[str, Mapping[str, Value]]]
+    # Names that people may look for among its hyper-parameters, and which setting does that here.
+    ELSEWHERE: ClassVar[Mapping[str, str]] = {}
     # Whether all clients train one architecture, the federation's `model`.
     one_model: ClassVar[bool] = False
+    # Whether a client may train the first channels of every layer of it only (`--width`).
+    by_width: ClassVar[bool] = False
+    # Whether a client may train the first stages of that network only (`--depth`).
+    by_depth: ClassVar[bool] = False
     # What a strategy remembers from round to round: a dataclass that `strategy_state` can save.
     state: Any = None
 
@@ -111,13 +125,29 @@ class FederatedStrategy(Strategy):
         self.emit = emit
         self._members: dict[int, Member] = {}
 
+    @cached_property
+    def parameters(self) -> frozenset[str]:
+        """Names of the tensors of the federation's ``model`` that training moves."""
+        from fedkit.models.build import parameter_names
+
+        facts = self.facts
+        return parameter_names(facts.settings.model, facts.public.shape, facts.outputs)
+
     @classmethod
     def check(cls, settings: FederationSettings, hyper: Any) -> None:
         """Raise ``UsageError`` for settings that make no sense together."""
 
+    def why_not(self, facts: ConfigRecord) -> str | None:
+        """Why a client that says this of itself at join can't take part, or None."""
+        return None
+
     def exchanges(self) -> Sequence[Exchange]:
         """The exchanges of a round, in order."""
         return [Exchange("train", self.configure_train, self.aggregate_train)]
+
+    def before_evaluate(self) -> Sequence[Exchange]:
+        """Exchanges that come before every measuring, with all who measure; none, for most."""
+        return []
 
     def initial_arrays(self) -> ArrayRecord:
         """The global model before the first round; empty where there is none."""
@@ -130,6 +160,18 @@ class FederatedStrategy(Strategy):
             arrays: the global model, as it went through the rounds.
         """
         return {}
+
+    def measured(self, label: str, model: nn.Module, test: Samples) -> Mapping[str, float]:
+        """What else is recorded of one of those networks on the common test set, by a metric's name."""
+        return {}
+
+    @staticmethod
+    def network(model: str, depth: int | None = None) -> str:
+        """The network that a client trains, of the federation's (or its own) ``model``.
+
+        ``depth``: how many stages of it, where the strategy is ``by_depth``.
+        """
+        return model
 
     def close(self) -> None:
         """The run is over: let go of what the strategy holds (worker processes)."""

@@ -1,10 +1,18 @@
-"""Arrays that came from outside, read with care."""
+"""Arrays in messages: those that came from outside are read with care."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
-from flwr.app import Array
+from flwr.app import Array, ArrayRecord
 from numpy.typing import NDArray
+
+
+def as_record(arrays: Mapping[str, NDArray[Any]]) -> ArrayRecord:
+    """Named arrays as a record of a message."""
+    return ArrayRecord({name: Array(np.asarray(values)) for name, values in arrays.items()})
 
 
 def read_array(name: str, array: Array) -> NDArray[np.generic]:

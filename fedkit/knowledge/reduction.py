@@ -52,7 +52,7 @@ class WeightedMean:
         self._total += weight
         for name, array in arrays.items():
             total = self._sums[name]
-            if _is_integer(self._dtypes[name]):
+            if is_integer(self._dtypes[name]):
                 np.maximum(total, array, out=total)
             else:
                 # In place, also for what has no dimensions.
@@ -68,7 +68,7 @@ class WeightedMean:
             raise NothingToAverage("there is nothing to average")
         return {
             name: array
-            if _is_integer(self._dtypes[name])
+            if is_integer(self._dtypes[name])
             else np.asarray(array / self._total).astype(self._dtypes[name])
             for name, array in self._sums.items()
         }
@@ -82,9 +82,10 @@ def weighted_mean(pairs: Iterable[tuple[float, Mapping[str, NDArray[np.generic]]
     return mean.result()
 
 
-def _is_integer(dtype: np.dtype[np.generic]) -> bool:
+def is_integer(dtype: np.dtype[np.generic]) -> bool:
+    """Whether arrays of that dtype count something, and have no mean."""
     return np.issubdtype(dtype, np.integer)
 
 
 def _start(array: NDArray[np.generic]) -> NDArray[np.generic]:
-    return array.copy() if _is_integer(array.dtype) else np.zeros(array.shape, dtype=np.float64)
+    return array.copy() if is_integer(array.dtype) else np.zeros(array.shape, dtype=np.float64)

@@ -33,12 +33,17 @@ def build_model(spec: str, shape: Shape, classes: int, seed: int, client: int = 
         UsageError: there is no such model, or it can't read such samples.
         FedkitError: the user's own function failed.
     """
-    factory, argument = find("models", spec)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive(seed, "model", client))
-        if code_of("models", spec) is not None:
-            return _own(spec, factory, shape, classes, argument)
-        model: nn.Module = factory(shape, classes, argument)
+        return drawn_now(spec, shape, classes)
+
+
+def drawn_now(spec: str, shape: Shape, classes: int) -> nn.Module:
+    """As ``build_model``, weights from torch's own generator: for a network that another is made of."""
+    factory, argument = find("models", spec)
+    if code_of("models", spec) is not None:
+        return _own(spec, factory, shape, classes, argument)
+    model: nn.Module = factory(shape, classes, argument)
     return model
 
 
@@ -54,6 +59,16 @@ def restored(spec: str, shape: Shape, classes: int, weights: Mapping[str, Tensor
     model = build_model(from_scratch(spec), shape, classes, seed=0)
     model.load_state_dict(weights)
     return model
+
+
+def parameter_names(spec: str, shape: Shape, classes: int) -> frozenset[str]:
+    """The names of the tensors of a network that training moves; the others are buffers.
+
+    Raises:
+        UsageError, FedkitError: as ``build_model``.
+    """
+    model = build_model(from_scratch(spec), shape, classes, seed=0)
+    return frozenset(name for name, _ in model.named_parameters())
 
 
 def _own(

@@ -13,13 +13,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.autograd import backward
-from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from fedkit.errors import FedkitError
 from fedkit.models.build import build_model, state_bytes
+from fedkit.models.exit_loss import joint_loss
+from fedkit.models.exits import MultiExit
+from fedkit.models.losses import cross_entropy
 
 # Measured: `python benchmarks/memory.py`.
 RECURRENT = 2.5
@@ -99,7 +101,8 @@ def training_memory(
     with memory:
         inputs = _inputs(batch_size, shape, dtype)
         labels = torch.empty(batch_size, dtype=torch.int64, device="meta")
-        _run(name, lambda: backward(functional.cross_entropy(copied(inputs), labels)))
+        loss = joint_loss() if isinstance(copied, MultiExit) else cross_entropy
+        _run(name, lambda: backward(loss(copied(inputs), labels)))
     kept = sum(parameter.numel() * parameter.element_size() for parameter in trained)
     recurrent = any(isinstance(module, nn.RNNBase) for module in copied.modules())
     if recurrent and memory.peak > 2 * kept:

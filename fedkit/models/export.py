@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import warnings
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,13 @@ import torch
 from torch import nn
 
 from fedkit.durable import write_whole
-from fedkit.errors import FedkitError
+from fedkit.errors import FedkitError, UsageError
+from fedkit.models.exits import held_at, split_depth
 from fedkit.models.files import About, SavedModel, network, of_known_network, save_model
+from fedkit.models.levels import levels_of
+from fedkit.models.narrow import at_width, whole_of, width_of
+from fedkit.models.normalisation import statistics_of
+from fedkit.registry import split
 
 FORMATS = ("safetensors", "pt", "onnx")
 # Exporter and runtime add up in another order than torch; float32 has some seven digits.
@@ -42,6 +47,56 @@ def export(saved: SavedModel, path: Path, format: str) -> None:
         write_whole(path, [buffer.getvalue()])
     else:
         write_whole(path, [_onnx(saved)])
+
+
+def cut(saved: SavedModel, at: int) -> SavedModel:
+    """Of a network with several exits the plain one that ends at exit ``at``.
+
+    Raises:
+        UsageError: it has no such exit.
+        FedkitError: its file does not say what network it is.
+    """
+    about = of_known_network(saved)
+    kind, argument = split(whole_of(about.architecture))
+    if kind != "exits":
+        raise UsageError(
+            f"{saved.source} holds {about.architecture}, which has no exits to be cut at: leave --exit out."
+        )
+    _, spec = split_depth(kind, argument)
+    held = held_at(at, saved.arrays)
+    passed = ("stem.", "stages.", f"exits.{at}.")
+    arrays = {name: saved.arrays[name] for name in held if name.startswith(passed)}
+    if not any(name.startswith(passed[-1]) for name in arrays):
+        raise UsageError(f"{about.architecture} in {saved.source} has no exit {at}.")
+    plain = at_width(f"exit:{at}:{spec}", width_of(about.architecture))
+    return replace(saved, arrays=arrays, about=replace(about, architecture=plain))
+
+
+def narrowed(saved: SavedModel, width: float) -> SavedModel:
+    """What ``width`` keeps of a network, as a network; one of that width as it is.
+
+    Raises:
+        UsageError: it can't be so narrow, or has statistics that are those of another width.
+        FedkitError: its file does not say what network it is.
+    """
+    about = of_known_network(saved)
+    has = width_of(about.architecture)
+    if width == has:
+        return saved
+    spec = whole_of(about.architecture)
+    if not 0 < width < has:
+        raise UsageError(
+            f"{saved.source} holds {about.architecture}, which can be cut to a width above 0 and up to "
+            f"{has:g}, not to {width:g}."
+        )
+    levels = levels_of(spec, tuple(about.shape), about.outputs, has)
+    if statistics := statistics_of(levels.slicing.network(has)):
+        raise UsageError(
+            f"{saved.source} has no statistics of the width {width:g} for batch normalisation (as "
+            f"{min(statistics)}): take a level of a run with -o buffers=static, or a network without it."
+        )
+    arrays = levels.take(saved.arrays, width)
+    return replace(saved, arrays=arrays, about=replace(about, architecture=at_width(spec, width)))
 
 
 def _onnx(saved: SavedModel) -> bytes:

@@ -17,6 +17,24 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return functional.cross_entropy(logits, labels)
 
 
+def masked_cross_entropy(held: Tensor) -> Loss:
+    """Cross-entropy in which logits of classes that nobody here has count as 0 (HeteroFL).
+
+    They stay in the denominator. Where all are held it is ``cross_entropy`` itself.
+
+    Args:
+        held: which classes there are (bool, C).
+    """
+    if held.all():
+        return cross_entropy
+    lacking = ~held
+
+    def loss(logits: Tensor, labels: Tensor) -> Tensor:
+        return functional.cross_entropy(logits.masked_fill(lacking, 0.0), labels)
+
+    return loss
+
+
 def absolute_error(logits: Tensor, targets: Tensor) -> Tensor:
     """Mean absolute difference over samples and classes (FedMD's digest)."""
     return functional.l1_loss(logits, targets)

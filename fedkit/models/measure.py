@@ -30,6 +30,11 @@ def predict(model: nn.Module, samples: Samples) -> Tensor:
 @torch.inference_mode()
 def measure(model: nn.Module, samples: Samples) -> tuple[float, float]:
     """Accuracy in [0, 1] and mean cross-entropy of a model on some samples (at least one)."""
-    logits = predict(model, samples)
-    accuracy = (logits.argmax(dim=1) == samples.labels).double().mean()
-    return float(accuracy), float(functional.cross_entropy(logits, samples.labels))
+    return quality(predict(model, samples), samples.labels)
+
+
+@torch.inference_mode()
+def quality(logits: Tensor, labels: Tensor) -> tuple[float, float]:
+    """Accuracy in [0, 1] and mean cross-entropy of class scores (n x C, at least one row)."""
+    accuracy = (logits.argmax(dim=1) == labels).double().mean()
+    return float(accuracy), float(functional.cross_entropy(logits, labels))

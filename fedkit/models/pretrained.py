@@ -44,8 +44,9 @@ def from_scratch(spec: str) -> str:
     """The same network without its pre-trained weights: for one whose weights come from elsewhere."""
     if code_of("models", spec) is not None:
         return spec  # what its argument means is the user's own business
-    name, _, argument = spec.partition(":")
-    if PRETRAINED not in argument.split(","):
+    # The last colon: what stands before may have one of its own (exits:2:resnet18).
+    name, colon, argument = spec.rpartition(":")
+    if not colon or PRETRAINED not in argument.split(","):
         return spec
     kept = [word for word in argument.split(",") if word not in ("", PRETRAINED)]
     return f"{name}:{','.join(kept)}" if kept else name

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedkit.errors import FedkitError, where_raised
+from fedkit.models.exits import MultiExit
 
 
 def try_one_batch(model: nn.Module, samples_inputs: Tensor, outputs: int, name: str) -> None:
@@ -41,7 +42,9 @@ def try_one_batch(model: nn.Module, samples_inputs: Tensor, outputs: int, name: 
         with torch.no_grad():
             _check(name, "evaluation", _logits(name, "evaluation", tried.eval(), inputs), outputs)
         logits = _logits(name, "training", tried.train(), inputs)
-        _check(name, "training", logits, outputs)
+        exits = list(logits) if isinstance(tried, MultiExit) else [logits]
+        for one in exits:
+            _check(name, "training", one, outputs)
         if not logits.requires_grad:
             raise FedkitError(
                 f"The model {name} gives logits that do not depend on its parameters: no detach(), "
@@ -49,7 +52,7 @@ def try_one_batch(model: nn.Module, samples_inputs: Tensor, outputs: int, name: 
             )
         targets = torch.zeros(2, dtype=torch.int64, device=inputs.device)
         try:
-            torch.autograd.backward(functional.cross_entropy(logits, targets))
+            torch.autograd.backward([functional.cross_entropy(one, targets) for one in exits])
         except Exception as error:  # from a backward pass of somebody's own
             raise FedkitError(
                 f"The model {name} fails on the way back ({_what(error)}), at {where_raised(error)}."

@@ -44,7 +44,8 @@ def health(server: Server = LOCAL_SERVER, *, settings: dict[str, Any]) -> None:
         if credentials is None
         else grpc.secure_channel(server, credentials, options=options)
     ) as channel:
-        stub = health_pb2_grpc.HealthStub(channel)
+        # Its annotations do not know the methods that it makes itself.
+        stub: Any = health_pb2_grpc.HealthStub(channel)
         try:
             answer = stub.Check(
                 health_pb2.HealthCheckRequest(service=SERVICE), timeout=WAIT_S, wait_for_ready=False

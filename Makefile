@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export FLWR_TELEMETRY_ENABLED := 0
 
-.PHONY: demo test check wheel-test network network-table faults slow clean
+.PHONY: demo test check wheel-test compose-test network network-table faults slow clean
 
 demo: $(VENV)/installed
 	$(BIN)/fedkit run --strategy ktpfl --clients 4 --rounds 10
@@ -29,6 +29,10 @@ slow: $(VENV)/installed-dev
 # A wheel as users get it: built, installed elsewhere, two rounds outside the repository.
 wheel-test: $(VENV)/installed-dev
 	$(BIN)/python tests/wheel.py
+
+# The composition in Docker: built, killed in mid-run, scaled. Skips where no engine answers.
+compose-test: $(VENV)/installed-dev
+	$(BIN)/python -m pytest -m compose -rs tests/test_compose.py
 
 # Federations on bad networks: delay, loss, low rate, cuts. Linux, as root; five minutes.
 network: $(VENV)/installed-dev

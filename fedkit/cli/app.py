@@ -78,6 +78,7 @@ def main() -> None:
         doctor,
         evaluate,
         export,
+        health,
         listing,
         partition,
         run,
@@ -98,6 +99,7 @@ def main() -> None:
         export,
         evaluate,
         doctor,
+        health,
         selector,
     ):
         module.register(app)

@@ -73,10 +73,26 @@ def load_pretrained(model: nn.Module, name: str) -> nn.Module:
     return model
 
 
-def _download(name: str) -> dict[str, torch.Tensor]:
-    from torchvision import models
+def import_torchvision(name: str) -> Any:
+    """torchvision's module of networks, for the network ``name``; nothing else here needs torchvision.
 
-    weights: Any = models.get_model_weights(name)
+    Raises:
+        UsageError: it is not installed, or was built for another torch.
+    """
+    try:
+        from torchvision import models
+    except (ImportError, RuntimeError) as error:  # RuntimeError: its operators miss their torch
+        missing = isinstance(error, ModuleNotFoundError) and error.name == "torchvision"
+        told = "is not installed here" if missing else f"can't be loaded ({error})"
+        raise UsageError(
+            f"{name} is one of torchvision's networks, and torchvision {told}: install the one that "
+            f"belongs to torch {torch.__version__}, or take a network that needs none, as lenet or cnn."
+        ) from error
+    return models
+
+
+def _download(name: str) -> dict[str, torch.Tensor]:
+    weights: Any = import_torchvision(name).get_model_weights(name)
     url = str(weights.DEFAULT.url)
     folder = Path(torch.hub.get_dir()) / "checkpoints"
     path = folder / Path(urlparse(url).path).name

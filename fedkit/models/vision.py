@@ -10,12 +10,10 @@ With ``pretrained`` the weights are torchvision's default ones for ImageNet wher
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import nn
 
 from fedkit.models.arguments import no_argument, one_of
-from fedkit.models.pretrained import PRETRAINED, load_pretrained, words
+from fedkit.models.pretrained import PRETRAINED, import_torchvision, load_pretrained, words
 from fedkit.models.reads import image_shape
 
 SMALL = 64
@@ -166,14 +164,13 @@ def vit(shape: tuple[int, ...], classes: int, argument: str | None = None) -> nn
     A grid of at most 8x8 patches up to 64x64, patches of 16x16 beyond. What is no square, or no whole
     number of patches, gets zeros (the mean colour) below and on the right. ViT-Ti: Touvron et al. 2021.
     """
-    from torchvision.models import VisionTransformer
-
     no_argument("vit", argument)
+    models = import_torchvision("vit")
     channels, height, width = image_shape("vit", shape)
     longest = max(height, width)
     patch = max(2, -(-longest // 8)) if longest <= SMALL else 16
     side = -(-longest // patch) * patch
-    model: nn.Module = VisionTransformer(
+    model: nn.Module = models.VisionTransformer(
         image_size=side,
         patch_size=patch,
         num_layers=6,
@@ -236,10 +233,7 @@ def _mobile(name: str, shape: tuple[int, ...], classes: int, argument: str | Non
 
 
 def _torchvision(name: str, classes: int) -> nn.Module:
-    from torchvision import models
-
-    build: Any = getattr(models, name)
-    model: nn.Module = build(num_classes=classes)
+    model: nn.Module = getattr(import_torchvision(name), name)(num_classes=classes)
     return model
 
 

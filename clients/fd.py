@@ -66,7 +66,8 @@ def learn(
         return take_steps(model, data, data.labels, loss, optimiser, part)
 
     sums = {"labelled": labelled, "seen": seen, **(sums or {})}
-    place = probing.Place(slot, optimiser, order, sums)
+    kept = "private" if config["keep-optimiser"] else ""
+    place = probing.Place(slot, optimiser, order, kept, sums)
     probing.epochs(edge, context, place, math.ceil(total / max(each, 1)), epoch)
     mean = float(labelled) / max(int(seen), 1)
     remember(context, slot, config, "private", optimiser)

@@ -10,11 +10,12 @@ from typing import cast
 
 import torch
 from flwr.app import ConfigRecord, Context, Message
+from torch import Tensor
 
-from clients import memory, public
+from clients import memory, probing, public
 from clients.common import client_app, keep, reply
 from clients.density import resembling
-from clients.edge import OWN, Edge, edge_of
+from clients.edge import OWN, Edge, Work, edge_of
 from clients.pretraining import add_init
 from clients.schedule import observe, rate
 from fedkit.models.losses import cross_entropy, towards
@@ -22,17 +23,47 @@ from fedkit.models.measure import measure
 from fedkit.models.training import make_optimiser, train
 
 
-def revisit(edge: Edge, context: Context, slot: str, config: ConfigRecord) -> float:
-    """Cross-entropy on the private data."""
-    loss = _on_private(edge, context, slot, config, "revisit", cast(int, config["revisit-epochs"]))
+def revisit(
+    edge: Edge,
+    context: Context,
+    slot: str,
+    config: ConfigRecord,
+    digested: dict[str, Tensor] | None = None,
+) -> float:
+    """Cross-entropy on the private data; a round's private training, of which a probe is the first epoch.
+
+    ``digested``: what the digest before it told; after a probe it comes back from there.
+    """
+    optimiser = _optimiser(edge, context, slot, "revisit", config)
+    order = edge.generator("revisit", cast(int, config["server-round"]))
+    loss = probing.epochs(
+        edge,
+        context,
+        probing.Place(slot, optimiser, order, "revisit", digested or {}),
+        cast(int, config["revisit-epochs"]),
+        lambda at: _epoch(edge, slot, config, "revisit", optimiser, order),
+    )
+    _keep_private(edge, context, slot, optimiser)
     observe(edge, context, slot, config, loss)
     return loss
 
 
 def first_private_training(edge: Edge, context: Context, config: ConfigRecord) -> dict[str, float]:
     """Transfer learning's second half: train privately, until validation accuracy no longer rises."""
-    epochs, patience = cast(int, config["init-epochs"]), cast(int, config["init-patience"])
-    return {"init_loss": _on_private(edge, context, OWN, config, "init", epochs, patience)}
+    patience, val = cast(int, config["init-patience"]), edge.private.val
+    # One Adam state for all private training: "revisit" goes on from here.
+    optimiser = _optimiser(edge, context, OWN, "revisit", config)
+    order = edge.generator("init", cast(int, config["server-round"]))
+    best, waited, loss = -1.0, 0, 0.0
+    for _ in range(cast(int, config["init-epochs"])):
+        loss = _epoch(edge, OWN, config, "init", optimiser, order)
+        if patience and len(val):
+            accuracy, _ = measure(edge.own, val)
+            best, waited = (accuracy, 0) if accuracy > best else (best, waited + 1)
+            if waited >= patience:
+                break
+    _keep_private(edge, context, OWN, optimiser)
+    return {"init_loss": loss}
 
 
 app = client_app(revisit)
@@ -51,12 +82,25 @@ def digest(message: Message, context: Context) -> Message:
     """Approach the consensus on the public subset, revisit the private data, answer the next subset."""
     edge = edge_of(context)
     config = message.content.config_records["config"]
+    # The end of a probe begins after the digest, which was before the probed epoch.
+    rest = edge.work is Work.REST
+    told = dict.fromkeys(public.WATCHED, 0.0) if rest else _digest(message, context, edge)
+    digested = {name: torch.tensor(value, dtype=torch.float64) for name, value in told.items()}
+    loss = revisit(edge, context, OWN, config, digested)
+    metrics = {name: float(value) for name, value in digested.items()}
+    metrics |= {"train_loss": loss, "revisit/accuracy_after": public.own_accuracy(edge)}
+    ahead = "subset" in message.content.array_records
+    return reply(message, edge, metrics, _answer(message, context, edge) if ahead else None)
+
+
+def _digest(message: Message, context: Context, edge: Edge) -> dict[str, float]:
+    config = message.content.config_records["config"]
     temperature, space = cast(float, config["temperature"]), cast(str, config["space"])
     loss = cast(str, config["digest-loss"])
     if loss == "auto":
         loss = "kl" if space == "prob" else "l1"
     optimiser = _optimiser(edge, context, OWN, "digest", config)
-    metrics = public.digest(
+    told = public.digest(
         edge,
         public.targets(message, context, edge),
         towards(
@@ -71,10 +115,7 @@ def digest(message: Message, context: Context) -> Message:
         generator=edge.generator("digest", cast(int, config["server-round"])),
     )
     memory.keep_optimiser(context, f"{OWN}-digest", optimiser)
-    metrics["train_loss"] = revisit(edge, context, OWN, config)
-    metrics["revisit/accuracy_after"] = public.own_accuracy(edge)
-    ahead = "subset" in message.content.array_records
-    return reply(message, edge, metrics, _answer(message, context, edge) if ahead else None)
+    return told
 
 
 def _answer(message: Message, context: Context, edge: Edge) -> public.Records:
@@ -95,36 +136,29 @@ def _optimiser(
     return optimiser
 
 
-def _on_private(
+def _epoch(
     edge: Edge,
-    context: Context,
     slot: str,
     config: ConfigRecord,
     purpose: str,
-    epochs: int,
-    patience: int = 0,
+    optimiser: torch.optim.Optimizer,
+    order: torch.Generator,
 ) -> float:
-    # One Adam state for all private training: "revisit" goes on from "init".
-    optimiser = _optimiser(edge, context, slot, "revisit", config)
-    data, model, val = edge.private.train, edge.models[slot], edge.private.val
-    generator = edge.generator(purpose, cast(int, config["server-round"]))
-    best, waited, loss = -1.0, 0, 0.0
-    for _ in range(epochs):
-        loss = train(
-            model,
-            data,
-            data.labels,
-            cross_entropy,
-            optimiser,
-            epochs=1,
-            batch_size=cast(int, config[f"{purpose}-batch"]),
-            generator=generator,
-        )
-        if patience and len(val):
-            accuracy, _ = measure(model, val)
-            best, waited = (accuracy, 0) if accuracy > best else (best, waited + 1)
-            if waited >= patience:
-                break
+    data = edge.private.train
+    return train(
+        edge.models[slot],
+        data,
+        data.labels,
+        cross_entropy,
+        optimiser,
+        epochs=1,
+        batch_size=cast(int, config[f"{purpose}-batch"]),
+        generator=order,
+    )
+
+
+def _keep_private(
+    edge: Edge, context: Context, slot: str, optimiser: torch.optim.Optimizer
+) -> None:
     memory.keep_optimiser(context, f"{slot}-revisit", optimiser)
     keep(edge, context, slot)
-    return loss

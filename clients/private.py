@@ -89,7 +89,9 @@ def private_epochs(
             generator=order,
         )
 
-    loss = probing.epochs(edge, context, probing.Place(slot, optimiser, order), epochs, epoch)
+    kept = "private" if config["keep-optimiser"] else ""
+    place = probing.Place(slot, optimiser, order, kept)
+    loss = probing.epochs(edge, context, place, epochs, epoch)
     remember(context, slot, config, "private", optimiser)
     keep(edge, context, slot)
     return loss

@@ -22,7 +22,7 @@ from fedkit.engine.seen import LONGEST_S, PROBE
 from fedkit.engine.selection import Probe
 from fedkit.engine.strategy import Aggregated, Exchange
 
-# What a client says of itself is bounded: means over all must not hang on one.
+# What a client says of itself is bounded: what selectors compute of all must not hang on one.
 LARGEST_LOSS, LARGEST_BYTES = 1e6, 1 << 48
 
 

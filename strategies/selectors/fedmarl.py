@@ -190,8 +190,8 @@ class Learning:
             reward = self._beside(states, actions, outcome, everybody, view)
             self._waiting = states, actions, reward
         elif math.isfinite(before) and math.isfinite(outcome.accuracy):
-            gained = replace(outcome, accuracy=self._accuracy)
-            reward = team_reward(gained, before, self.units, self._policy.objective)
+            smoothed = replace(outcome, accuracy=self._accuracy)
+            reward = team_reward(smoothed, before, self.units, self._policy.objective)
             self._waiting = states, actions, reward
         self._learner.learn(view.generator)
 

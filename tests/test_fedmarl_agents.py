@@ -112,18 +112,6 @@ def test_the_best_joint_action_is_what_each_agent_likes_best(seed, clients, mixi
     assert whole(greedy(values.numpy()).tolist()) == pytest.approx(best, rel=1e-5, abs=1e-5)
 
 
-@settings(max_examples=20, deadline=None)
-@given(SEEDS, st.integers(1, 6))
-def test_the_value_of_a_joint_action_is_the_agents_sum(seed, clients):
-    generator = np.random.default_rng(seed)
-    team = random_team(seed)
-    states = generator.standard_normal((clients, FEATURES)).astype(np.float32)
-    actions = generator.integers(2, size=clients)
-    q = oracle_q(team.arrays(), states.astype(np.float64))
-    wanted = sum(q[n, a] for n, a in enumerate(actions))
-    assert team.whole(states, actions) == pytest.approx(wanted, rel=1e-4, abs=1e-4)
-
-
 @pytest.mark.parametrize("mixing", ["vdn", "qmix"])
 def test_clients_that_are_not_there_change_nothing(mixing):
     team = random_team(3, mixing)

@@ -101,14 +101,6 @@ class Team(nn.Module):
             values: NDArray[np.float32] = self.agent(torch.from_numpy(states)).numpy()
         return values
 
-    def whole(self, states: NDArray[np.float32], actions: NDArray[np.int64]) -> float:
-        """Q_tot of a joint action (int64, n) for standardised features (n x features)."""
-        with torch.no_grad():
-            seen = torch.from_numpy(states)[None]
-            chosen = self.agent(seen).gather(2, torch.from_numpy(actions)[None, :, None])[..., 0]
-            there = torch.ones_like(chosen, dtype=torch.bool)
-            return float(self.mixer(chosen, seen, there))
-
     def arrays(self) -> dict[str, NDArray[np.generic]]:
         """All weights by name."""
         return {name: tensor.numpy().copy() for name, tensor in self.state_dict().items()}

@@ -99,14 +99,7 @@ class FedMARLState:
 class Learning:
     """How a policy learns from round to round: explores, remembers what it did, is paid, takes steps."""
 
-    def __init__(
-        self,
-        policy: Policy,
-        *,
-        falling: int = 0,
-        units: Units | None = None,
-        costs: Policy | None = None,
-    ) -> None:
+    def __init__(self, policy: Policy, *, falling: int = 0, units: Units | None = None) -> None:
         """Learning that begins.
 
         Args:
@@ -114,11 +107,8 @@ class Learning:
             falling: rounds in which epsilon falls from 1 to its end; 0: it is there at once.
             units: what latency and bytes are counted in; None: what the first round costs, in which
                 everybody goes on.
-            costs: what was learnt of seconds and bytes alone, by which these are paid where a round is
-                compared: the mean over many rounds in the place of one round's.
         """
         self.units = units
-        self._costs = costs
         self._policy = policy
         self._learner = Learner(policy.team, policy.standard, policy.settings)
         self._falling = falling
@@ -187,7 +177,7 @@ class Learning:
             if outcome.seconds > 0 and outcome.bytes_up > 0:
                 self.units = Units(outcome.seconds, outcome.bytes_up)
         elif everybody is not None:
-            reward = self._beside(states, actions, outcome, everybody, view)
+            reward = self._beside(outcome, everybody, view)
             self._waiting = states, actions, reward
         elif math.isfinite(before) and math.isfinite(outcome.accuracy):
             smoothed = replace(outcome, accuracy=self._accuracy)
@@ -225,24 +215,13 @@ class Learning:
         standard.count, standard.mean, standard.squares = values["standard"]
         self._learner.recall(values["learner"])
 
-    def _beside(
-        self,
-        states: NDArray[np.float32],
-        actions: NDArray[np.int64],
-        outcome: Outcome,
-        everybody: Outcome,
-        view: View,
-    ) -> float:
+    def _beside(self, outcome: Outcome, everybody: Outcome, view: View) -> float:
         """What the round is paid beside the same one in which everybody goes on."""
-        policy, costs, units = self._policy, self._costs, self.units
+        policy, units = self._policy, self.units
         assert units is not None
-        if costs is None:
-            saving = saved(outcome, everybody, units, policy.objective)
-        else:
-            seen, all_go = costs.standard(states), np.ones_like(actions)
-            saving = costs.team.whole(seen, actions) - costs.team.whole(seen, all_go)
         lasting = policy.settings.fading ** max(view.rounds - view.round, 0)
-        return lasting * gained(outcome, everybody, policy.objective) + saving
+        gain = lasting * gained(outcome, everybody, policy.objective)
+        return gain + saved(outcome, everybody, units, policy.objective)
 
     def _store(self, following: NDArray[np.float32]) -> None:
         if self._waiting is not None:

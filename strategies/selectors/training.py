@@ -7,7 +7,6 @@ by more than it is worth.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -84,11 +83,7 @@ class FedMARLTrainer:
         for episode in range(costs + episodes):
             if episode == costs > 0:
                 # Rounds without accuracy would tell that it is worth nothing.
-                learning = Learning(
-                    policy,
-                    falling=episodes * simulation.rounds // 2,
-                    costs=copy.deepcopy(policy),
-                )
+                learning = Learning(policy, falling=episodes * simulation.rounds // 2)
             federation = (
                 CostsOnly(varied(cheap, episode), samples, learning.compare)
                 if episode < costs

@@ -37,7 +37,7 @@ from fedkit.settings import DataSettings
 from strategies.selectors.comparison import AsMany, Result, simulate
 from strategies.selectors.fedmarl import FedMARL
 from strategies.selectors.policy import SHIPPED, load_policy
-from strategies.selectors.simulator import Samples, read_samples
+from strategies.selectors.samples import Samples, read_samples
 
 
 def main() -> None:

@@ -11,11 +11,12 @@ from typing import cast
 
 import torch
 from flwr.app import ConfigRecord, Context, Message
+from torch import Tensor
 
 from clients import memory, public
 from clients.common import client_app, keep, reply
 from clients.density import resembling
-from clients.edge import OWN, Edge, edge_of
+from clients.edge import OWN, Edge, Work, edge_of
 from clients.pretraining import add_init
 from clients.private import train_private
 from clients.schedule import observe, rate
@@ -34,11 +35,22 @@ ADAM: Mapping[str, bool | float | str] = {
 }
 
 
-def revisit(edge: Edge, context: Context, slot: str, config: ConfigRecord) -> float:
-    """Cross-entropy on the private data."""
+def revisit(
+    edge: Edge,
+    context: Context,
+    slot: str,
+    config: ConfigRecord,
+    digested: dict[str, Tensor] | None = None,
+) -> float:
+    """Cross-entropy on the private data; a round's private training, of which a probe is the first epoch.
+
+    ``digested``: what the digest before it told; after a probe it comes back from there.
+    """
     private = ConfigRecord({**config, **ADAM, "batch-size": config["revisit-batch"]})
     epochs, steps = cast(int, config["revisit-epochs"]), cast(int, config["local-steps"])
-    loss = train_private(edge, context, slot, private, "revisit", epochs, steps=steps).loss
+    loss = train_private(
+        edge, context, slot, private, "revisit", epochs, steps=steps, sums=digested
+    ).loss
     observe(edge, context, slot, config, loss)
     keep(edge, context, slot)
     return loss
@@ -87,12 +99,25 @@ def digest(message: Message, context: Context) -> Message:
     """Approach the consensus on the public subset, revisit the private data, answer the next subset."""
     edge = edge_of(context)
     config = message.content.config_records["config"]
+    # The end of a probe begins after the digest, which was before the probed epoch.
+    rest = edge.work is Work.REST
+    told = dict.fromkeys(public.WATCHED, 0.0) if rest else _digest(message, context, edge)
+    digested = {name: torch.tensor(value, dtype=torch.float64) for name, value in told.items()}
+    loss = revisit(edge, context, OWN, config, digested)
+    metrics = {name: float(value) for name, value in digested.items()}
+    metrics |= {"train_loss": loss, "revisit/accuracy_after": public.own_accuracy(edge)}
+    ahead = "subset" in message.content.array_records
+    return reply(message, edge, metrics, _answer(message, context, edge) if ahead else None)
+
+
+def _digest(message: Message, context: Context, edge: Edge) -> dict[str, float]:
+    config = message.content.config_records["config"]
     temperature, space = cast(float, config["temperature"]), cast(str, config["space"])
     loss = cast(str, config["digest-loss"])
     if loss == "auto":
         loss = "kl" if space == "prob" else "l1"
     optimiser = _optimiser(edge, context, "digest", config)
-    metrics = public.digest(
+    told = public.digest(
         edge,
         public.targets(message, context, edge),
         towards(
@@ -107,10 +132,7 @@ def digest(message: Message, context: Context) -> Message:
         generator=edge.generator("digest", cast(int, config["server-round"])),
     )
     memory.keep_optimiser(context, f"{OWN}-digest", optimiser)
-    metrics["train_loss"] = revisit(edge, context, OWN, config)
-    metrics["revisit/accuracy_after"] = public.own_accuracy(edge)
-    ahead = "subset" in message.content.array_records
-    return reply(message, edge, metrics, _answer(message, context, edge) if ahead else None)
+    return told
 
 
 def _answer(message: Message, context: Context, edge: Edge) -> public.Records:

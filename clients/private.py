@@ -205,7 +205,8 @@ def train_private(
         return mean
 
     mine = {"lost": lost, "spent": spent, "ended": ended}
-    place = probing.Place(slot, optimiser, order, sums={**mine, **(sums or {})})
+    kept = "private" if config["keep-optimiser"] else ""
+    place = probing.Place(slot, optimiser, order, kept, {**mine, **(sums or {})})
     last = probing.epochs(
         edge, context, place, parts, epoch, lambda at: float(spent) * (at + 1) / at <= seconds
     )

@@ -6,8 +6,8 @@ in ``Context.state``: weights, optimiser, the order of the data, the random numb
 calls the handler again, which comes to the same place and goes on from there: what comes of it is, to the
 bit, what comes of the instruction given whole.
 
-One that is not to go on has let go of the weights that came with its instruction; a model of its own
-keeps the epoch. So does one whose decision never came, when the next instruction does.
+A client that is not to go on is told nothing. When other work comes it lets go of the weights that came
+with its instruction; a model of its own keeps the epoch.
 """
 
 from __future__ import annotations
@@ -43,12 +43,14 @@ class Place:
         slot: whose model trains.
         optimiser: that trains it.
         order: of the data.
+        kept: the name under which the optimiser's state outlives the round; empty: it does not.
         sums: tensors that the work adds to as it goes, in place.
     """
 
     slot: str
     optimiser: torch.optim.Optimizer
     order: torch.Generator
+    kept: str = ""
     sums: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -107,7 +109,9 @@ def add_probing(app: ClientApp, upload: Upload, keep: Keep) -> None:
         del content["probe"]
         for name, record in content.items():
             context.state[KEPT + name] = record
-        begun = ConfigRecord({"type": told, "round": message.metadata.group_id, "slot": ""})
+        begun = ConfigRecord(
+            {"type": told, "round": message.metadata.group_id, "slot": "", "kept": ""}
+        )
         context.state["probe"] = begun
         loss = _begin(app, _again(message, told, content), context, edge)
         size = upload(edge, content)
@@ -118,14 +122,11 @@ def add_probing(app: ClientApp, upload: Upload, keep: Keep) -> None:
 
     @app.train("finish")
     def finish(message: Message, context: Context) -> Message:
-        """End the instruction that was begun, or let go of it."""
+        """End the instruction that was begun."""
         edge, begun = edge_of(context), context.state.config_records.get("probe")
-        silent = ConfigRecord({"silent": True})
-        if not message.content.config_records["decision"]["go"]:
-            stop(edge, context, keep)
-            return Message(RecordDict({"answer": silent}), reply_to=message)
         if begun is None or begun["round"] != message.metadata.group_id:
             # A server that was restarted in this round may decide otherwise than it had before.
+            silent = ConfigRecord({"silent": True})
             return Message(RecordDict({"answer": silent}), reply_to=message)
         content = _instruction(context)
         answer = _answer(context)
@@ -141,32 +142,28 @@ def add_probing(app: ClientApp, upload: Upload, keep: Keep) -> None:
 
 
 def unfinished(keep: Keep) -> Callable[[Message, Context, ClientAppCallable], Message]:
-    """A Flower mod: a probe whose decision never came counts as stopped once other work comes."""
+    """A Flower mod: a probe that was not told to go on ends once other work comes."""
 
     def mod(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
         kind = message.metadata.message_type
         within = getattr(getattr(context, "_fedkit_edge", None), "work", Work.WHOLE)
         if "probe" in context.state and within is Work.WHOLE and kind not in (FINISH, "query.join"):
-            stop(edge_of(context), context, keep)
+            _stop(edge_of(context), context, keep)
         return call_next(message, context)
 
     return mod
 
 
-def stop(edge: Edge, context: Context, keep: Keep) -> None:
-    """Let go of what a probe began, if there is anything; a model of one's own keeps the epoch."""
-    begun = context.state.config_records.get("probe")
-    if begun is None:
-        return
-    slot, content = str(begun["slot"]), _instruction(context)
+def _stop(edge: Edge, context: Context, keep: Keep) -> None:
+    """Let go of what a probe began; a model of one's own keeps the epoch."""
+    begun, content = context.state.config_records["probe"], _instruction(context)
+    slot, kept = str(begun["slot"]), str(begun["kept"])
     if slot and "arrays" in content:
         edge.remake(context, slot)
     elif slot:
         _recall(context, edge, slot)
-        config = content.config_records["config"]
-        moments = context.state.get(f"{MOMENTS}-optimiser")
-        if config.get("keep-optimiser") and moments is not None:
-            context.state[f"{slot}-private-optimiser"] = moments
+        if kept:
+            context.state[f"{slot}-{kept}-optimiser"] = context.state[f"{MOMENTS}-optimiser"]
         keep(edge, context, slot)
     if "subset" in content:
         # It may learn from the others' answers on it.
@@ -193,8 +190,6 @@ def default_upload(edge: Edge, content: RecordDict) -> int:
 
 
 def _begin(app: ClientApp, message: Message, context: Context, edge: Edge) -> float:
-    if message.metadata.message_type.startswith("query"):
-        return _measured(edge, edge.own)  # it would train nothing
     edge.work = Work.FIRST_EPOCH
     try:
         answer = app(message, context).content
@@ -222,8 +217,9 @@ def _leave(edge: Edge, context: Context, place: Place, loss: float) -> None:
     context.state[SUMS] = ArrayRecord(
         {name: Array(value.cpu().numpy()) for name, value in place.sums.items()}
     )
-    context.state.config_records["probe"]["slot"] = place.slot
-    context.state.config_records["probe"]["loss"] = loss
+    context.state.config_records["probe"].update(
+        {"slot": place.slot, "kept": place.kept, "loss": loss}
+    )
 
 
 def _recall(context: Context, edge: Edge, slot: str) -> None:

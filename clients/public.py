@@ -18,6 +18,13 @@ from fedkit.models.losses import Loss, soften
 from fedkit.models.measure import measure, predict
 from fedkit.models.training import train
 
+# What ``watched`` tells.
+WATCHED = (
+    "digest/accuracy_before",
+    "digest/accuracy_after",
+    "digest/loss_before",
+    "digest/loss",
+)
 Records: TypeAlias = dict[str, ArrayRecord | ConfigRecord]
 
 
@@ -120,12 +127,7 @@ def watched(edge: Edge, loss_before: float, learn: Callable[[], float]) -> dict[
     """
     before = own_accuracy(edge)
     loss = learn()
-    return {
-        "digest/accuracy_before": before,
-        "digest/accuracy_after": own_accuracy(edge),
-        "digest/loss_before": loss_before,
-        "digest/loss": loss,
-    }
+    return dict(zip(WATCHED, (before, own_accuracy(edge), loss_before, loss), strict=True))
 
 
 def own_accuracy(edge: Edge) -> float:

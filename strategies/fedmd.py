@@ -126,12 +126,14 @@ class FedMDState:
             M x C) and valid rows (bool, M); empty where there is none.
         ahead_round: the round that it is for.
         ahead_clients: those whose answers are in it.
+        stopped: those that a selector stopped before they could answer; they still digest it.
     """
 
     initialised: list[int] = field(default_factory=list)
     ahead: list[Any] = field(default_factory=list)
     ahead_round: int = 0
     ahead_clients: list[int] = field(default_factory=list)
+    stopped: list[int] = field(default_factory=list)
 
 
 _PAPER: Mapping[str, Value] = {
@@ -178,7 +180,7 @@ class FedMD(PublicRound):
         """Initial training for those who had none, then communicate, then digest and revisit."""
         return [
             self._initial.exchange,
-            Exchange("logits", self.configure_train, self.aggregate_train),
+            Exchange("logits", self.configure_train, self.aggregate_train, trains=False),
             Exchange("digest", self.configure_digest, self.aggregate_digest),
         ]
 
@@ -192,7 +194,7 @@ class FedMD(PublicRound):
         self._told_ahead = (
             bool(state.ahead)
             and state.ahead_round == server_round
-            and state.ahead_clients == [member.client for member in ready]
+            and state.ahead_clients == [m.client for m in ready if m.client not in state.stopped]
         )
         asked = [] if self._told_ahead else ready
         return self.ask(asked, "query.logits", server_round, self._indices)
@@ -211,10 +213,14 @@ class FedMD(PublicRound):
     def configure_digest(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Send the consensus to those who took part in it, and the next subset with it (fused)."""
-        settings = self.facts.settings
+        """Send the consensus to those who took part in it, and the next subset with it (fused).
+
+        Those that a selector's probe stopped in the round before did not answer ahead, and digest it too.
+        """
+        settings, self._grid = self.facts.settings, grid
         last = server_round == settings.rounds
-        self._fused = self.hyper.fuse and settings.select == "all" and not last
+        everybody = settings.select == "all" or getattr(grid, "probed", False)
+        self._fused = self.hyper.fuse and everybody and not last
         if self._consensus is None or not self._consensus.valid.any():
             self._consensus = None
             return []
@@ -222,14 +228,15 @@ class FedMD(PublicRound):
         if self._fused:
             self._next = self.draw(server_round + 1)
             extra["subset"] = subset.record(self._next)
-        present = self.learners(grid, self._answered)
+        stopped = self.state.stopped if self._told_ahead else []
+        present = self.learners(grid, {*self._answered, *stopped})
         return self.tell(
             present, "train.digest", server_round, self._indices, self._consensus, extra
         )
 
     def aggregate_digest(self, server_round: int, replies: Iterable[Message]) -> Aggregated:
         """Models stay on their devices; answers on the next subset make its consensus already."""
-        self.state.ahead = []
+        self.state.ahead, self.state.stopped = [], []
         if self._consensus is None:
             return None, None
         watched = self.watch_digest(server_round, "digest", replies, self._consensus)
@@ -241,6 +248,7 @@ class FedMD(PublicRound):
             self.state.ahead = [] if ahead is None else list(ahead)
             self.state.ahead_round = server_round + 1
             self.state.ahead_clients = sorted(self._answered)
+            self.state.stopped = sorted(getattr(self._grid, "stopped", ()))
         return None, None
 
     def _form(

@@ -65,6 +65,6 @@ def learned(objective, rounds=250, seed=1, **hyper):
     """A policy that has played in a ``World``, and that world."""
     settings = {"agent_rate": 3e-3, "discount": 0.5, "updates": 4, "polyak": 0.05, **hyper}
     policy = policy_of(seed, objective, **settings)
-    learning = Learning(policy, seed=seed, falling=rounds // 2, units=Units(6.0, 6000))
+    learning = Learning(policy, falling=rounds // 2, units=Units(6.0, 6000))
     world = World().play(FedMARL(policy, learning), 1, rounds, seed)
     return policy, world

@@ -79,6 +79,42 @@ def test_a_markov_chain_switches_as_often_as_it_says():
     assert states[0]
 
 
+def chain(seed, client, number, drop, back):
+    """The state is that of the last slot that decided: u < drop switches off, u >= 1 - back on."""
+    for at in range(number, 0, -1):
+        drawn = traces.uniform(seed, "dropout", client, at)
+        if drawn < drop or drawn >= 1 - back:
+            return drawn >= drop
+    return True
+
+
+@given(
+    st.lists(st.integers(0, 3000), min_size=1, max_size=8),
+    st.sampled_from([(0.1, 0.3), (0.004, 0.001), (1.0, 0.0), (0.5, 0.5), (0.01, 0.0)]),
+    st.integers(0, 2**40),
+)
+def test_a_chain_is_its_last_deciding_slot_in_whatever_order_it_is_asked(numbers, odds, seed):
+    found = [traces.switched_on(seed, 3, 60.0 * number, *odds) for number in numbers]
+    assert found == [chain(seed, 3, number, *odds) for number in numbers]
+
+
+def test_no_slot_of_a_chain_is_drawn_twice(monkeypatch):
+    """A device that hardly ever switches is asked through a week, minute by minute."""
+    drawn = []
+    uniform = traces.uniform
+
+    def counted(seed, purpose, client, slot=-1):
+        if purpose == "dropout":
+            drawn.append(slot)
+        return uniform(seed, purpose, client, slot)
+
+    monkeypatch.setattr(traces, "uniform", counted)
+    device = Device(Profile("rare", 1.0, 1.0, 1.0, 0.0, drop=1e-9, back=1e-9), 99, 0)
+    assert device.available(8 * 24 * 3600.0)
+    assert all(device.available(60.0 * number) for number in range(0, 11_520, 7))
+    assert drawn == list(range(1, 11_521))
+
+
 def test_a_device_returns_to_the_minute():
     kind = Profile("flaky", 1.0, 1.0, 1.0, 0.0, drop=0.2, back=0.2)
     device = Device(kind, 1, 0)
@@ -149,6 +185,8 @@ WHOLE = "slowdown = 6\nup-mbit = 2\ndown-mbit = 5\nlatency = 0.2\n"
         (WHOLE + "evening_dip = 1", "evening_dip is 1"),
         (WHOLE + "window = [3]", "window is [3]"),
         (WHOLE + "window = [3, 25]", "window is [3, 25]"),
+        (WHOLE + "window = [5, 5]", "always or never"),
+        (WHOLE + "window = [24, 0]", "always or never"),
         (WHOLE + "name = 3", "no text"),
     ],
 )
@@ -158,6 +196,12 @@ def test_what_is_no_device_is_refused_in_a_sentence(tmp_path, text, said):
     with pytest.raises(UsageError) as refused:
         profile(str(file))
     assert said in str(refused.value) and "mine.toml" in str(refused.value)
+
+
+def test_a_window_of_all_hours_may_be_said(tmp_path):
+    file = tmp_path / "mine.toml"
+    file.write_text(WHOLE + "window = [0, 24]\n")
+    assert profile(str(file)).window == (0.0, 24.0)
 
 
 def test_unknown_names_and_missing_files_are_refused(tmp_path):

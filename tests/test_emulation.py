@@ -168,6 +168,58 @@ def test_the_server_is_told_the_emulated_times():
     assert run.driver._known.seen.latency(1) > seen[0].seconds[0]
 
 
+class Counted:
+    """A timer of what was done: so long for each of the instructions worked on."""
+
+    def __init__(self):
+        self.done = 0.0
+
+    def __call__(self):
+        return self.done
+
+    def app(self, app, seconds):
+        def counted(message, context):
+            answer = app(message, context)
+            self.done += seconds
+            return answer
+
+        return counted
+
+
+def emulated_run(seed, select, **settings):
+    """Three emulated clients on virtual clocks, whose work is counted and not measured."""
+    run = InProcessFederation(
+        strategy="fedavg", model="logistic", clients=4, rounds=5, num_shards=40, partition="iid",
+        val_fraction=0.3, alone=False, eval_samples=10, seed=seed, select=select, **settings,
+    )  # fmt: skip
+    for client in range(4):
+        app, context = run.grid.apps[client + 2]
+        timer, clock = Counted(), VirtualClock()
+        device = Device(KNOWN["phone-mid"], seed, client)
+        emulation = Emulation(device, now=clock, sleep=clock.sleep, timer=timer)
+        worked = timer.app(app, 0.5 * (client + 1))
+        run.grid.apps[client + 2] = (
+            lambda message, context, app=worked, emulation=emulation: emulation.work(
+                app, message, context
+            ),
+            context,
+        )
+    run.run()
+    return run
+
+
+@pytest.mark.parametrize("select", ["fedmarl:default,learn", "oort:2", "deadline:12", "drop:0.5"])
+def test_where_clocks_are_virtual_a_seed_reproduces_who_takes_part_and_all_times(select):
+    def told(run):
+        kept = [(e.round, e.value) for e in run.events if e.event in ("round_start", "kept")]
+        seen = run.driver._known.seen.before(6)
+        return kept, {client: repr(seen[client]) for client in seen}, run.history.digest()
+
+    first, again, other = (told(emulated_run(seed, select)) for seed in (1, 1, 2))
+    assert first == again
+    assert first[1] != other[1] and first[2] != other[2]
+
+
 def test_profiles_are_checked_before_anything_starts(tmp_path):
     with pytest.raises(UsageError, match="pi4"):
         make_plan({"emulate": "pi5"}, local=True)

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,10 +14,18 @@ from hypothesis import strategies as st
 from fedkit.devices.settings import ObjectiveSettings
 from fedkit.engine.selection import Outcome, Probe, Seen
 from strategies.selectors.agents import Learner, Team, greedy
-from strategies.selectors.features import LEAST_DEVIATION, Standard, observe, width
+from strategies.selectors.features import LARGEST_RATIO, LEAST_DEVIATION, Standard, observe, width
 from strategies.selectors.fedmarl_settings import FedMARLSettings
 from strategies.selectors.replay import Replay, Transition
-from strategies.selectors.reward import Units, team_reward, total, utility, worth
+from strategies.selectors.reward import (
+    Units,
+    gained,
+    saved,
+    team_reward,
+    total,
+    utility,
+    worth,
+)
 
 FEATURES = width(3)
 SEEDS = st.integers(0, 2**32 - 1)
@@ -54,7 +63,7 @@ def test_the_target_is_double_q_learning_on_the_sum(seed):
     generator = np.random.default_rng(seed)
     team, hyper = random_team(seed), FedMARLSettings(hidden=16, discount=0.9)
     standard = Standard.of_width(FEATURES)
-    learner = Learner(team, standard, hyper, seed)
+    learner = Learner(team, standard, hyper)
     behind = random_team(seed + 1)
     learner._target.load_state_dict(behind.state_dict())
     rounds = [random_transition(generator, n, later) for n, later in ((3, 5), (1, 2), (4, 0))]
@@ -77,7 +86,7 @@ def test_a_step_s_loss_is_that_of_the_team_s_value(loss):
     generator = np.random.default_rng(0)
     team = random_team(0)
     hyper = FedMARLSettings(hidden=16, loss=loss, discount=0.0)
-    learner = Learner(team, Standard.of_width(FEATURES), hyper, 0)
+    learner = Learner(team, Standard.of_width(FEATURES), hyper)
     each = random_transition(generator, 4, 0)
     learner.replay.add(each)
     states = np.clip(each.states.astype(np.float64), -5, 5)
@@ -118,7 +127,7 @@ def test_clients_that_are_not_there_change_nothing(mixing):
 def test_a_periodic_target_follows_whole_and_only_then():
     team = random_team(1)
     hyper = FedMARLSettings(hidden=16, target="periodic", period=3)
-    learner = Learner(team, Standard.of_width(FEATURES), hyper, 1)
+    learner = Learner(team, Standard.of_width(FEATURES), hyper)
     learner.replay.add(random_transition(np.random.default_rng(1), 3, 3))
     before = learner._target.arrays()
     for step in range(1, 4):
@@ -130,7 +139,7 @@ def test_a_periodic_target_follows_whole_and_only_then():
 
 def test_a_polyak_target_goes_a_hundredth_of_the_way():
     team = random_team(1)
-    learner = Learner(team, Standard.of_width(FEATURES), FedMARLSettings(hidden=16), 1)
+    learner = Learner(team, Standard.of_width(FEATURES), FedMARLSettings(hidden=16))
     learner.replay.add(random_transition(np.random.default_rng(1), 3, 3))
     before = learner._target.arrays()
     learner.step(learner.replay.sample(4, np.random.default_rng(0)))
@@ -187,6 +196,22 @@ def test_without_weights_neither_latency_nor_bytes_count(seconds, size, before, 
     assert reward == pytest.approx(100 * (after - before), abs=1e-9)
 
 
+def test_a_round_beside_the_same_one_with_everybody_by_hand():
+    objective, units = ObjectiveSettings(w1=2.0, w2=0.5, w3=0.25), Units(60.0, 1000)
+    everybody = outcome(accuracy=0.62, seconds=54.0, size=900)
+    assert gained(outcome(), everybody, objective) == pytest.approx(2 * -2.0)
+    assert saved(outcome(), everybody, units, objective) == pytest.approx(
+        0.5 * 24 / 60 + 0.25 * 400 / 1000
+    )
+    assert gained(everybody, everybody, objective) == 0
+    assert saved(everybody, everybody, units, objective) == 0
+    # What both began with is the same, so their difference is that of the rewards.
+    apart = team_reward(outcome(), 0.5, units, objective)
+    apart -= team_reward(everybody, 0.5, units, objective)
+    beside = gained(outcome(), everybody, objective)
+    assert apart == pytest.approx(beside + saved(outcome(), everybody, units, objective))
+
+
 def test_the_rewards_of_a_run_add_up_to_the_objective():
     objective, units = ObjectiveSettings(), Units(10.0, 100)
     outcomes = [outcome(accuracy, 7.0 + accuracy, 50) for accuracy in (0.3, 0.5, 0.45)]
@@ -197,11 +222,13 @@ def test_the_rewards_of_a_run_add_up_to_the_objective():
 
 
 def test_features_are_what_they_are_said_to_be():
-    """Two clients, h = 2: the newest first, the cohort's mean where there is no history."""
+    """Two clients, h = 2: the newest first, the cohort's median where there is no history."""
     seen = {
-        0: Seen(probed=(1, 2), probe_seconds=(9.0, 4.0), transfer_seconds=(6.0, 2.0)),
+        0: Seen((1,), probed=(1, 2), probe_seconds=(9.0, 4.0), transfer_seconds=(6.0, 2.0)),
         1: Seen(),
     }
+    # A client that counted in round 1 only by its first probe's work: 9 seconds, once.
+    seen[0] = replace(seen[0], seconds=(18.0,))
     here = view(3, [0, 1], seen, rounds=12)
     probes = {0: Probe(1.0, 2.0, 100), 1: Probe(3.0, 6.0, 300)}
     rows = observe(here, here.members, probes, 2, worst_loss=9.0)
@@ -214,14 +241,15 @@ def test_features_are_what_they_are_said_to_be():
         [math.log(1 / 2), math.log(3 / 2)],
         [0.0, 0.0],
         [math.log(4 / 6), math.log(8 / 6)],
-        [3 / 12] * 2,
+        [math.log(2), math.log(3)],
+        [math.log(10)] * 2,
     ]
     assert rows.shape == (2, width(2)) and rows.dtype == np.float32
     np.testing.assert_allclose(rows.T, wanted, atol=1e-6)
 
 
 def test_the_finish_that_is_expected_is_what_is_left_of_the_work_and_the_upload():
-    """The whole took 3, 5 and 4 probes; 4 - 1 present probes are left. Who never sent takes the mean."""
+    """The whole took 3, 5 and 4 probes; 4 - 1 present probes are left. Who never sent takes the median."""
     seen = {
         0: Seen(
             rounds=(1, 3),
@@ -237,7 +265,7 @@ def test_the_finish_that_is_expected_is_what_is_left_of_the_work_and_the_upload(
     here = view(4, range(4), seen)
     rows = observe(here, here.members, probes_of(range(4)), 1, 9.0)
     expected = np.array([3 * 1 + 7.0, 3 * 2 + 1.0, 3 * 3 + 4.0, 3 * 4 + 4.0])
-    np.testing.assert_allclose(rows[:, 5], np.log(expected / expected.mean()), rtol=1e-5)
+    np.testing.assert_allclose(rows[:, 5], np.log(expected / np.median(expected)), rtol=1e-5)
 
 
 def test_known_histories_come_newest_first():
@@ -255,15 +283,23 @@ def test_known_histories_come_newest_first():
     np.testing.assert_allclose(rows[:, 4:7].T, [first, [0, 0], [0, 0]], atol=1e-6)
 
 
-def test_this_round_s_probe_counts_once_where_the_ledger_has_it_already():
-    told = {
-        0: Seen(probed=(4, 5), probe_seconds=(2.0, 3.0)),
-        1: Seen(probed=(4,), probe_seconds=(8.0,)),
-    }
-    here = view(5, [0, 1], told)
-    probes = {0: Probe(1.0, 3.0, 1), 1: Probe(1.0, 3.0, 1)}
-    rows = observe(here, here.members, probes, 2, 9.0)
-    np.testing.assert_allclose(rows[:, 2], [math.log(2 / 5), math.log(8 / 5)], atol=1e-6)
+@given(st.integers(3, 12), st.sampled_from([1e9, 1e-9, 0.0]), st.integers(0, 2))
+def test_a_client_that_lies_moves_the_others_by_the_place_of_one(clients, lie, of):
+    """Whatever it tells, the others' features lie between those with its neighbours of rank."""
+    honest = {c: Probe(1.0 + c, 2.0 + c, 10 * (1 + c)) for c in range(clients)}
+    told = [honest[0].loss, honest[0].seconds, honest[0].upload_bytes]
+    told[of] = lie
+    here = view(2, range(clients))
+    rows, lied = (
+        observe(here, here.members, probes, 1, 9.0)
+        for probes in (honest, {**honest, 0: Probe(*told)})
+    )
+    column = [0, 1, 3][of]
+    values = sorted(getattr(honest[c], ("loss", "seconds", "upload_bytes")[of]) for c in honest)
+    middle = [values[max(clients // 2 - 2, 0)], values[min(clients // 2 + 1, clients - 1)]]
+    most = math.log(middle[1] / middle[0])
+    assert (abs(lied[1:, column] - rows[1:, column]) <= most + 1e-5).all()
+    assert (abs(lied[:, column]) <= math.log(LARGEST_RATIO) + 1e-5).all()
 
 
 @pytest.mark.parametrize("missing", [math.nan, math.inf])

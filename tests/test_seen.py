@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from inprocess import InProcessFederation
 
 from fedkit.engine.events import REWIND, Event
+from fedkit.engine.history import History
 from fedkit.engine.seen import Ledger, jain
 from fedkit.engine.selection import Seen
 from fedkit.rundir import RunDirectory, read_events
@@ -106,6 +107,85 @@ def test_a_replay_from_the_file_knows_the_same(tmp_path):
     assert all(len(before[c].probed) == 2 for c in before)
 
 
+def oracle(rounds, before, client):
+    """What was seen of a client, from its parts in all rounds before one."""
+    parts = {at: part[client] for at, part in rounds.items() if at < before and client in part}
+    done = {at: loss for at, (what, loss) in parts.items() if what == "done"}
+    return Seen(
+        rounds=tuple(done),
+        losses=tuple(done.values()),
+        seconds=tuple(3.0 for _ in done),
+        transfer_seconds=tuple(0.5 for _ in done),
+        bytes_up=tuple(100 for _ in done),
+        probed=tuple(parts),
+        rejected=tuple(at for at, (what, _) in parts.items() if what == "stopped"),
+        probe_seconds=tuple(1.0 for _ in parts),
+        probe_losses=tuple(loss for _, loss in parts.values()),
+    )
+
+
+def play(book, at, part):
+    """One probed round, in which each client is done, or stopped after the probe."""
+    book.take(Event("round_start", at, value=sorted(part)))
+    for client, (_, loss) in part.items():
+        for event in answered(at, client, "probe", 1.0, 0.25, 0, loss):
+            book.take(event)
+    kept = [client for client, (what, _) in part.items() if what == "done"]
+    book.take(Event("kept", at, "train", value=kept))
+    for client in kept:
+        for event in answered(at, client, loss=part[client][1]):
+            book.take(event)
+
+
+PARTS = st.dictionaries(
+    st.integers(0, 3), st.tuples(st.sampled_from(["done", "stopped"]), st.floats(0, 9)), min_size=1
+)
+
+
+@given(st.lists(PARTS, min_size=1, max_size=8), st.data())
+def test_what_is_seen_is_what_happened_whenever_it_is_asked_and_however_far_it_goes_back(
+    rounds, data
+):
+    book, happened = Ledger(), {}
+    for at, part in enumerate(rounds, 1):
+        play(book, at, part)
+        happened[at] = part
+    back = data.draw(st.integers(1, len(rounds) + 1))
+    book.take(Event(REWIND, back))
+    happened = {at: part for at, part in happened.items() if at < back}
+    again = data.draw(st.lists(PARTS, max_size=3))
+    views = {}
+    for at, part in enumerate(again, back):
+        views[at] = book.before(at)
+        play(book, at, part)
+        happened[at] = part
+    for before in (*range(1, back + len(again) + 2),):
+        wanted = {
+            client: oracle(happened, before, client)
+            for client in range(4)
+            if oracle(happened, before, client) != Seen()
+        }
+        assert dict(book.before(before)) == wanted
+        # What a selector was given does not change behind its back.
+        assert before not in views or dict(views[before]) == wanted
+    counts = book.took_part()
+    for client in range(4):
+        assert counts.get(client, 0) == len(oracle(happened, 99, client).rounds)
+
+
+def test_what_a_selector_is_shown_can_not_be_changed():
+    with pytest.raises(TypeError):
+        ledger(*PROBED).before(2)[0] = Seen()
+
+
+def test_a_history_takes_its_counts_from_the_ledger_that_it_is_given():
+    book = ledger(*PROBED)
+    history = History(book)
+    for event in PROBED:
+        history.take(event)
+    assert history._seen is book and book.took_part() == {0: 1, 1: 0, 2: 0, 3: 0}
+
+
 @given(st.lists(st.integers(0, 50), min_size=1, max_size=20).filter(any))
 def test_jains_index_lies_between_one_over_n_and_one(counts):
     assert 1 / len(counts) - 1e-12 <= jain(counts) <= 1 + 1e-12
@@ -149,3 +229,6 @@ def test_a_time_that_can_not_be_is_not_believed(seconds):
 def test_who_only_says_that_it_heard_has_not_taken_part():
     book = ledger(Event("round_start", 1, value=[0]), *answered(1, 0, size=0))
     assert book.took_part() == {0: 0}
+    # FedMD's last round sends nothing up, and is trained all the same.
+    book = ledger(Event("round_start", 1, value=[0]), *answered(1, 0, size=0, loss=0.5))
+    assert book.took_part() == {0: 1}

@@ -85,7 +85,7 @@ def test_an_emulated_run_stops_when_validation_says_so_and_exits_well(tmp_path):
         *("run", "--clients", "2", "--rounds", "30", "--strategy", "fd", "--no-alone", *QUICK),
         *("--until", "val_accuracy=0.05", "--val-fraction", "0.2", "--run-dir", "out"),
         *("--target", "mean_global_accuracy=0.05", "--emulate", "slow.toml,laptop"),
-        *("--select", "drop:0.1"),
+        *("--select", "fedmarl"),
         folder=tmp_path,
     )
     assert done.returncode == 0, done.stderr
@@ -108,3 +108,28 @@ def test_an_emulated_run_stops_when_validation_says_so_and_exits_well(tmp_path):
     assert again.returncode == 0, again.stderr
     assert summary_of(tmp_path)["rounds"] == summary["rounds"]
     assert summary_of(tmp_path)["stop_reason"] == summary["stop_reason"]
+
+
+def test_a_client_may_leave_while_its_device_is_away(tmp_path):
+    """Its battery window is hours off, so that it would answer nothing before."""
+    from fedkit.devices import traces
+
+    hour = traces.hour(1, 1, 0.0)
+    away = tmp_path / "away.toml"
+    away.write_text(
+        "slowdown = 1\nup-mbit = 1000\ndown-mbit = 1000\nlatency = 0.01\n"
+        f"window = [{(hour + 6) % 24:.3f}, {(hour + 7) % 24:.3f}]\n"
+    )
+    server, address = start_server(
+        tmp_path, "--strategy", "fd", "--rounds", "1", "--min-clients", "2", "--seed", "1",
+        *QUICK, "--no-alone",
+    )  # fmt: skip
+    with server, start_client(tmp_path, address, 0) as lasting:
+        with start_client(tmp_path, address, 1, "--emulate", str(away), "--verbose") as leaving:
+            until(lambda: "The emulated device is away" in leaving.text)
+            leaving.stop()
+            leaving.wait()
+        assert server.wait() == 0, server.text
+        assert lasting.wait() == 0
+    assert "client 1 did not answer" in server.text
+    assert [client["rounds"] for client in summary_of(tmp_path)["clients"]] == [1, 0]

@@ -11,6 +11,7 @@ import pytest
 from flwr.app import ArrayRecord
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from inprocess import InProcessFederation
 from scipy import stats
 
 from fedkit.engine.checkpoint import Checkpoints, Progress
@@ -298,6 +299,94 @@ def test_a_selector_that_picks_nobody_or_raises_takes_everyone_with_a_warning(sp
         chooser.learn(Outcome(1, 0.5, 1.0, 10, (0,)))
     assert why in said[0].name and "everyone takes part" in said[0].name
     assert all(event.event == "warning" and event.round == 1 for event in said)
+
+
+class Bare:
+    """A plug-in that has nothing but a choice: no ``probes``, no ``keep``, no ``learn``, no ``state``."""
+
+    def choose(self, view):
+        return view.members[:1]
+
+
+class Crashing:
+    """A plug-in that raises at whatever it is asked."""
+
+    def __getattr__(self, name):
+        raise RuntimeError(f"no {name} here")
+
+
+class Odd:
+    """A plug-in whose state is none that can be kept."""
+
+    probes = False
+
+    def __init__(self, state):
+        self.state = state
+
+    def choose(self, view):
+        return view.members
+
+    def keep(self, view, probes):
+        return view.members
+
+    def learn(self, outcome):
+        pass
+
+
+def run_with(selector):
+    run = InProcessFederation(
+        strategy="fedavg", model="logistic", clients=2, rounds=2, num_shards=40, partition="iid",
+        alone=False, eval_samples=10,
+    )  # fmt: skip
+    run.driver.chooser.selector = selector
+    return run, run.run()
+
+
+def test_a_plug_in_that_lacks_what_a_selector_has_ends_no_run():
+    run, summary = run_with(Bare())
+    assert [client["rounds"] for client in summary["clients"]] == [2, 0]
+    assert run.warnings()[0] == (
+        "--select all failed: AttributeError: 'Bare' object has no attribute 'probes': nobody is probed"
+    )
+    assert run.driver.chooser.remembered(2) is None
+
+
+def test_a_plug_in_that_always_crashes_ends_no_run():
+    run, summary = run_with(Crashing())
+    assert [client["rounds"] for client in summary["clients"]] == [2, 2]
+    text = "\n".join(run.warnings())
+    for part in ("nobody is probed", "everyone takes part", "did not learn"):
+        assert part in text
+    assert run.driver.chooser.remembered(2) is None
+    assert "is not kept in the checkpoint: RuntimeError: no state here" in run.warnings()[-1]
+
+
+@pytest.mark.parametrize("state", [{"a": 1}, 3, "text"])
+def test_a_state_that_can_not_be_kept_is_told_of(state):
+    said = []
+    chooser = Chooser(FederationSettings(), Ledger(), said.append)
+    chooser.selector = Odd(state)
+    assert chooser.remembered(4) is None
+    assert (said[0].event, said[0].round) == ("warning", 4)
+    assert "a run that is resumed begins with it anew" in said[0].name
+
+
+def test_a_state_comes_back_and_where_none_was_kept_the_selector_begins_anew(tmp_path):
+    progress = Progress(4, "digest", 1.0, 2, 3, (member(0),), (2,))
+    said = []
+    chooser = Chooser(FederationSettings(), Ledger(), said.append)
+    chooser.selector = Odd(Learned(np.ones(3), 4))
+    Checkpoints(tmp_path / "with").save(progress, None, ArrayRecord(), chooser.remembered(4))
+    Checkpoints(tmp_path / "without").save(progress, None, ArrayRecord(), None)
+    for folder, rounds in (("with", 4), ("without", 0)):
+        chooser.selector = Odd(Learned())
+        (found,) = Checkpoints(tmp_path / folder).newest()
+        chooser.recall(found)
+        assert chooser.selector.state.rounds == rounds
+    assert len(said) == 1 and "--select all begins anew" in said[0].name
+    chooser.selector = Crashing()
+    chooser.recall(found)
+    assert "no state here" in said[1].name
 
 
 def test_a_repeated_round_decides_nobodys_case_anew():

@@ -14,12 +14,13 @@ from fedkit.cli import selector
 from fedkit.devices.settings import ObjectiveSettings, SimulationSettings
 from fedkit.errors import FedkitError, UsageError
 from fedkit.settings import DataSettings
-from strategies.selectors import perceptrons, simulator
+from strategies.selectors import perceptrons, samples
 from strategies.selectors.comparison import AsMany, simulate
 from strategies.selectors.fedmarl import FedMARL
 from strategies.selectors.plain import Everyone, Uniform
 from strategies.selectors.policy import load_policy
-from strategies.selectors.simulator import CostsOnly, Simulation, read_samples
+from strategies.selectors.samples import read_samples
+from strategies.selectors.simulator import CostsOnly, Simulation
 from strategies.selectors.training import FedMARLTrainer, varied
 
 SMALL = SimulationSettings(clients=8, rounds=3, epochs=3, samples=400, hidden=8)
@@ -53,6 +54,22 @@ def test_keeping_all_after_a_probe_trains_the_same_networks(digits):
     probed = Simulation(SMALL, digits).run(FedMARL(policy_of()))
     assert [each.test_accuracy for each in plain] == [each.test_accuracy for each in probed]
     assert [each.outcome.accuracy for each in plain] == [e.outcome.accuracy for e in probed]
+
+
+def test_a_round_is_compared_with_itself_if_everybody_had_gone_on(digits):
+    """The first round's comparison is that of a federation that keeps all; who decides changes nothing."""
+    compared = []
+    few = Simulation(SMALL, digits, compared.append)
+    rounds = few.run(Probing(lambda client: client < 3))
+    alone = Simulation(SMALL, digits).run(Probing(lambda client: client < 3))
+    assert [each.outcome for each in rounds] == [each.outcome for each in alone]
+    everybody = Simulation(SMALL, digits).run(Probing(lambda client: True))
+    assert compared[0] == everybody[0].outcome
+    assert [each.round for each in compared] == [1, 2, 3]
+    assert all(len(each.kept) + len(each.lost) > 3 for each in compared)
+    of_all = []
+    Simulation(SMALL, digits, of_all.append).run(probing := Probing(lambda client: True))
+    assert of_all == probing.outcomes
 
 
 def test_seeds_reproduce_and_differ(digits):
@@ -237,9 +254,9 @@ def test_federations_of_training_are_not_the_held_out_ones():
 
 def test_a_data_set_without_images_or_features_is_refused(monkeypatch):
     """Tokens have no mean."""
-    digits = simulator.open_dataset("digits", DataSettings())
+    digits = samples.open_dataset("digits", DataSettings())
     tokens = replace(digits, train=replace(digits.train, mean=digits.train.mean[:0]))
-    monkeypatch.setattr(simulator, "open_dataset", lambda spec, sources: tokens)
+    monkeypatch.setattr(samples, "open_dataset", lambda spec, sources: tokens)
     with pytest.raises(UsageError, match="needs images or features"):
         read_samples("tokens", DataSettings())
 

@@ -72,6 +72,48 @@ def test_patience_is_the_rounds_since_the_best_measured_one(curve, patience):
     assert (reason is not None) == (max(measured) - best >= patience)
 
 
+@given(
+    curve=st.lists(st.none() | st.floats(0.1, 0.9), min_size=1, max_size=12),
+    back=st.integers(1, 12),
+    again=st.lists(st.none() | st.floats(0.1, 0.9), max_size=6),
+    patience=st.integers(0, 4),
+    until=st.none() | st.floats(0.1, 0.9),
+)
+def test_rounds_that_are_run_again_are_judged_as_if_they_had_been_the_only_ones(
+    curve, back, again, patience, until
+):
+    goal = "" if until is None else f"val_accuracy={until}"
+    stopping = Stopping(FederationSettings(val_fraction=0.1, patience=patience, until=goal))
+
+    def tell(curve, first):
+        for round, accuracy in enumerate(curve, first):
+            for client in range(2):
+                stopping.take(Event("bytes", round, "train", client, "bytes_up", 10 * round))
+                if accuracy is not None:
+                    stopping.take(Event("metric", round, "evaluate", client, OWN, accuracy))
+            stopping.good_enough()
+
+    tell(curve, 1)
+    stopping.take(Event(REWIND, back))
+    tell(again, back)
+    whole = [*curve[: back - 1], *[None] * (back - 1 - len(curve)), *again]
+    for round, accuracy in enumerate([*whole, None], 1):
+        found = stopping.accuracy(round)
+        assert math.isnan(found) if accuracy is None else found == accuracy
+    assert stopping._total() == sum(20 * at for at, _ in enumerate(whole, 1) if at < back + len(again)
+                                    and (at >= back or at <= len(curve)))  # fmt: skip
+    measured = {at: value for at, value in enumerate(whole, 1) if value is not None}
+    reason = stopping.good_enough()
+    good = [at for at, value in measured.items() if until is not None and value >= until]
+    if good:
+        assert f"after round {good[0]}," in reason
+    elif measured:
+        best = max(measured, key=lambda at: (measured[at], -at))
+        assert (reason is not None) == (0 < patience <= max(measured) - best)
+    else:
+        assert reason is None
+
+
 def test_a_model_that_diverged_is_no_better():
     stopping = rules(0.5, patience=2)
     for round in (2, 3):

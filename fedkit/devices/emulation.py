@@ -38,6 +38,7 @@ class Emulation:
         *,
         now: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
+        timer: Callable[[], float] = time.perf_counter,
     ) -> None:
         """A device whose run begins now.
 
@@ -46,7 +47,7 @@ class Emulation:
             now, sleep: a clock and its waiting; with a ``VirtualClock``'s nothing waits, and the answer
                 still tells the times.
         """
-        self._device, self._now, self._sleep = device, now, sleep
+        self._device, self._now, self._sleep, self._timer = device, now, sleep, timer
         self._start = now()
 
     def work(self, app: App, message: Message, context: Context) -> Message:
@@ -62,12 +63,12 @@ class Emulation:
         came = self._at()
         down = payload_bytes(message)
         self._wait_until(self._there(came) + self._device.down_seconds(down, came))
-        began, real = self._at(), time.perf_counter()
+        began, real = self._at(), self._timer()
         slowdown = self._device.slowdown(began)
         # Who has a time budget must know how fast this device is.
         context.node_config["slowdown"] = slowdown
         answer = app(message, context)
-        work = (time.perf_counter() - real) * slowdown
+        work = (self._timer() - real) * slowdown
         self._wait_until(began + work)
         done = self._at()
         up = self._device.up_seconds(payload_bytes(answer), done)

@@ -46,7 +46,8 @@ class Profile:
         drop: probability in a minute that it drops out.
         back: probability in a minute that it returns; drop + back <= 1.
         window: hours of its own day, from and until, in which it has the power to take part (plugged in,
-            or a charged battery); it may run over midnight. (0, 24) is always.
+            or a charged battery); it may run over midnight. (0, 24) is always, and two equal hours are
+            no window.
     """
 
     name: str
@@ -146,4 +147,10 @@ def _window(value: Any, path: Path) -> tuple[float, float]:
     hours = value if isinstance(value, list) and len(value) == 2 else [math.nan]
     if not all(isinstance(hour, int | float) and 0 <= hour <= 24 for hour in hours):
         raise UsageError(f"window is {value!r} in {path}: it is two hours, as in [22, 6].")
-    return float(hours[0]), float(hours[1])
+    first, last = map(float, hours)
+    if first % 24 == last % 24 and (first, last) != ALWAYS:
+        raise UsageError(
+            f"window is {value!r} in {path}: it ends when it begins, which may mean always or never. For "
+            "always leave it out."
+        )
+    return first, last

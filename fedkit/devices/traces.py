@@ -1,18 +1,22 @@
 """What varies over time, as pure functions of (seed, client, time): asked in any order, always the same.
 
-No trace has a state or must be run from its beginning, so that a client that was killed goes on with the
-device that it had.
+A client that was killed so goes on with the device that it had. What a chain was drawn to be is remembered
+as far as somebody asked, so that each of its slots is drawn once.
 """
 
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
+from functools import lru_cache
 from statistics import NormalDist
 
 from fedkit.seeds import derive
 
 SLOT_SECONDS = 60.0
 _STANDARD = NormalDist()
+# As many as a simulation has at most.
+_CHAINS_KEPT = 10_000
 
 
 def uniform(seed: int, purpose: str, client: int, slot: int = -1) -> float:
@@ -52,14 +56,31 @@ def switched_on(seed: int, client: int, at: float, drop: float, back: float) -> 
     """Whether a Markov chain that starts on, in slots of a minute, is on.
 
     In each slot one draw u decides for both states: u < drop switches off, u >= 1 - back switches on,
-    anything between leaves it; so the state is that of the last slot that decided.
+    anything between leaves it.
     """
-    if drop == 0:
-        return True
-    for number in range(slot(at), 0, -1):
-        drawn = uniform(seed, "dropout", client, number)
-        if drawn < drop:
-            return False
-        if drawn >= 1 - back:
-            return True
-    return True
+    return drop == 0 or _chain(seed, client, drop, back).on(slot(at))
+
+
+class _Chain:
+    """A chain as far as it was drawn: the slots in which its state changes, the first one to off."""
+
+    def __init__(self, seed: int, client: int, drop: float, back: float) -> None:
+        self._seed, self._client, self._drop, self._back = seed, client, drop, back
+        self._changes: list[int] = []
+        self._drawn = 0
+
+    def on(self, number: int) -> bool:
+        """Whether it is on in a slot."""
+        self._draw_until(number)
+        return bisect_right(self._changes, number) % 2 == 0
+
+    def _draw_until(self, number: int) -> None:
+        for at in range(self._drawn + 1, number + 1):
+            drawn = uniform(self._seed, "dropout", self._client, at)
+            on = len(self._changes) % 2 == 0
+            if drawn < self._drop if on else drawn >= 1 - self._back:
+                self._changes.append(at)
+        self._drawn = max(self._drawn, number)
+
+
+_chain = lru_cache(maxsize=_CHAINS_KEPT)(_Chain)

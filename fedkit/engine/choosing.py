@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
+from fedkit.engine.checkpoint import Checkpoint
 from fedkit.engine.events import Event, Listener
 from fedkit.engine.roster import Member
 from fedkit.engine.seen import Ledger
 from fedkit.engine.selection import Outcome, Probe, Selector, View
+from fedkit.engine.strategy_state import check_state
 from fedkit.errors import FedkitError
 from fedkit.registry import load, split
 from fedkit.seeds import numpy_generator
@@ -37,6 +40,16 @@ class Chooser:
         """A round begins, for the first time."""
         self._decided.clear()
 
+    def probes(self, server_round: int) -> bool:
+        """Whether the selector wants clients probed in this round; not where it can't say."""
+        try:
+            return bool(self.selector.probes)
+        except Exception as error:  # whatever a plug-in raises
+            self._warn(
+                server_round, f"--select {self._spec} failed: {_sentence(error)}: nobody is probed"
+            )
+            return False
+
     def choose(self, server_round: int, members: Sequence[Member]) -> list[Member]:
         """Who takes part (or is probed), in client order."""
         view = self._view(server_round, members, "clients")
@@ -60,6 +73,32 @@ class Chooser:
             self.selector.learn(outcome)
         except Exception as error:  # whatever a plug-in raises
             self._warn(outcome.round, f"--select {self._spec} did not learn: {_sentence(error)}")
+
+    def remembered(self, server_round: int) -> Any:
+        """The selector's state for a checkpoint; None where it has none that can be kept."""
+        try:
+            state = getattr(self.selector, "state", None)
+            if state is not None:
+                check_state(state)
+            return state
+        except Exception as error:  # whatever a plug-in raises
+            self._warn(
+                server_round,
+                f"--select {self._spec} is not kept in the checkpoint: {_sentence(error)}: a run that is "
+                "resumed begins with it anew",
+            )
+            return None
+
+    def recall(self, checkpoint: Checkpoint) -> None:
+        """Let the selector go on from where a checkpoint has it, if it has a state."""
+        try:
+            state = getattr(self.selector, "state", None)
+            if state is not None:
+                self.selector.state = checkpoint.selector_state(type(state))  # type: ignore[attr-defined]
+        except Exception as error:  # whatever a plug-in raises, or left out of the checkpoint
+            self._warn(
+                checkpoint.progress.round, f"--select {self._spec} begins anew: {_sentence(error)}"
+            )
 
     def _view(self, server_round: int, members: Sequence[Member], purpose: str) -> View:
         return View(

@@ -23,7 +23,7 @@ from fedkit.engine.observing import Observed, emit_metrics
 from fedkit.engine.probing import Probing
 from fedkit.engine.roster import Check, Offer, Roster
 from fedkit.engine.round_grid import RoundGrid
-from fedkit.engine.selection import Outcome, Selector
+from fedkit.engine.selection import Outcome
 from fedkit.engine.strategy import Exchange, FederatedStrategy, exchanges_of
 from fedkit.errors import FedkitError
 from fedkit.settings import FederationSettings
@@ -90,16 +90,11 @@ class Driver:
         started = time.monotonic()
         self._elapsed = elapsed or (lambda: time.monotonic() - started)
         self.roster = Roster(grid, check, self._emit, settings.round_timeout, offer)
-        self._chooser = Chooser(settings, self._known.seen, self._emit)
+        self.chooser = Chooser(settings, self._known.seen, self._emit)
         self._result = Result()
         self._had_enough: str | None = None
         # The rule that ended the run before its last round.
         self.stop_reason: str | None = None
-
-    @property
-    def selector(self) -> Selector:
-        """The run's selector."""
-        return self._chooser.selector
 
     def run(
         self, arrays: ArrayRecord, first_round: int = 1, awaited: Collection[int] = ()
@@ -147,7 +142,7 @@ class Driver:
         settings, strategy = self._settings, self._strategy
         state = getattr(strategy, "state", None) if settings.quorum else None
         before = copy.deepcopy(state)
-        self._chooser.begin_round()
+        self.chooser.begin_round()
         for attempt in range(1, TRIES + 1):
             self._wait_for_clients(settings.rejoin_wait)
             if isinstance(self._grid, CanRepeat):
@@ -173,15 +168,15 @@ class Driver:
     def _round(self, server_round: int, arrays: ArrayRecord) -> ArrayRecord:
         settings = self._settings
         everybody = self.roster.connected()
-        chosen = self._chooser.choose(server_round, everybody)
+        chosen = self.chooser.choose(server_round, everybody)
         clients = [member.client for member in chosen]
         started = time.monotonic()
         grid = RoundGrid(self._grid, chosen, started + settings.round_timeout)
         config = ConfigRecord({"server-round": server_round})
         self._emit(Event("round_start", server_round, value=clients, n=len(chosen)))
         exchanges = exchanges_of(self._strategy)
-        if self.selector.probes:
-            exchanges = Probing(self._chooser, grid, self._emit).planned(exchanges)
+        if self.chooser.probes(server_round):
+            exchanges = Probing(self.chooser, grid, self._emit).planned(exchanges)
         for at, exchange in enumerate(exchanges):
             # A client that does not answer must not use up the time of what comes after.
             grid.share = 1 / (len(exchanges) - at)
@@ -210,7 +205,7 @@ class Driver:
     def _learn(self, server_round: int, grid: RoundGrid) -> None:
         answered = {member.client for member in grid.members}
         seen = self._known.seen
-        self._chooser.learn(
+        self.chooser.learn(
             Outcome(
                 round=server_round,
                 accuracy=self._known.stopping.accuracy(server_round),

@@ -31,7 +31,12 @@ ALONE_GLOBAL = ("alone_model/global_test/accuracy",)
 class History:
     """What the rounds have brought so far."""
 
-    def __init__(self) -> None:
+    def __init__(self, seen: Ledger | None = None) -> None:
+        """A history of which nothing has happened yet.
+
+        Args:
+            seen: a ledger that somebody else lets take the same events; None: one of its own.
+        """
         self._metrics: dict[int, dict[int | None, dict[str, float]]] = defaultdict(
             lambda: defaultdict(dict)
         )
@@ -45,12 +50,13 @@ class History:
         self._lines: dict[int, list[str]] = defaultdict(list)
         # At which share of their channels clients train that do not train all.
         self._widths: dict[int, float] = {}
-        self._seen = Ledger()
+        self._seen, self._seen_elsewhere = seen or Ledger(), seen is not None
 
     def take(self, event: Event) -> None:
         """Take one event in."""
         round, client, name = event.round or 0, event.client, event.name or ""
-        self._seen.take(event)
+        if not self._seen_elsewhere:
+            self._seen.take(event)
         # A diverged model's measurement is null in the file from which a resumed run reads it back.
         broken = isinstance(event.value, float) and not math.isfinite(event.value)
         value = None if broken else event.value

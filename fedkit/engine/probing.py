@@ -2,8 +2,9 @@
 
 The first exchange's instructions go out as ``train.probe``: the same content, and the type of message
 that it stands for. A client does the first epoch of that work, keeps the rest for later, and tells how
-it went. ``train.finish`` then carries the decision alone; whoever goes on answers as the instruction
-itself would have been answered. Strategies do not notice.
+it went. ``train.finish`` then goes to those that were kept; they answer as they would have answered the
+instruction itself. The others are told nothing, and nobody waits for them: whatever comes next ends what
+they began. Strategies do not notice.
 """
 
 from __future__ import annotations
@@ -16,13 +17,12 @@ from flwr.serverapp import Grid
 
 from fedkit.engine.choosing import Chooser
 from fedkit.engine.events import Event, Listener
-from fedkit.engine.roster import Member
 from fedkit.engine.round_grid import RoundGrid
 from fedkit.engine.seen import LONGEST_S, PROBE
 from fedkit.engine.selection import Probe
 from fedkit.engine.strategy import Aggregated, Exchange
 
-# What a client says of itself is bounded: means over all must not hang on one.
+# What a client says of itself is bounded: what selectors compute of all must not hang on one.
 LARGEST_LOSS, LARGEST_BYTES = 1e6, 1 << 48
 
 
@@ -32,12 +32,13 @@ class Probing:
     def __init__(self, chooser: Chooser, grid: RoundGrid, emit: Listener) -> None:
         """``grid``: the round's; it is told who was stopped early."""
         self._chooser, self._grid, self._emit = chooser, grid, emit
+        grid.probed = True
         self._probed: dict[int, Probe] = {}
-        self._stopped_nodes: set[int] = set()
 
     def planned(self, exchanges: Sequence[Exchange]) -> list[Exchange]:
-        """The exchanges of the round, the first that is work of every round in two steps."""
-        at = next((at for at, exchange in enumerate(exchanges) if not exchange.once), None)
+        """The exchanges of the round, the first in which every round trains in two steps."""
+        training = (at for at, each in enumerate(exchanges) if each.trains and not each.once)
+        at = next(training, None)
         if at is None:
             return list(exchanges)
         first = exchanges[at]
@@ -52,12 +53,10 @@ class Probing:
         ) -> Iterable[Message]:
             return self._decide(server_round, first.name)
 
-        def aggregate(server_round: int, replies: Iterable[Message]) -> Aggregated:
-            # Who was stopped has nothing to say but that it heard.
-            went_on = (r for r in replies if r.metadata.src_node_id not in self._stopped_nodes)
-            return first.aggregate(server_round, went_on)
-
-        two = [Exchange(PROBE, probe, self._collect), Exchange(first.name, finish, aggregate)]
+        two = [
+            Exchange(PROBE, probe, self._collect),
+            Exchange(first.name, finish, first.aggregate),
+        ]
         return [*exchanges[:at], *two, *exchanges[at + 1 :]]
 
     def _collect(self, server_round: int, replies: Iterable[Message]) -> Aggregated:
@@ -75,9 +74,13 @@ class Probing:
         clients = [member.client for member in kept]
         self._grid.counted = frozenset(clients)
         self._grid.stopped = frozenset(m.client for m in asked) - self._grid.counted
-        self._stopped_nodes = {m.node_id for m in asked if m.client in self._grid.stopped}
         self._emit(Event("kept", server_round, exchange, value=clients, n=len(asked)))
-        return decisions(server_round, asked, self._grid.counted)
+        # One content for all, so that it is encoded once.
+        content = RecordDict()
+        return (
+            Message(content, member.node_id, "train.finish", group_id=str(server_round))
+            for member in kept
+        )
 
 
 def as_probes(messages: Iterable[Message]) -> Iterator[Message]:
@@ -102,16 +105,6 @@ def read_probe(content: RecordDict) -> Probe:
         seconds=_number(timing.get("seconds"), 0.0, LONGEST_S),
         upload_bytes=size if isinstance(size, int) and 0 <= size <= LARGEST_BYTES else 0,
     )
-
-
-def decisions(
-    server_round: int, members: Sequence[Member], kept: frozenset[int]
-) -> Iterator[Message]:
-    """One ``train.finish`` for each member: whether it goes on."""
-    contents = {go: RecordDict({"decision": ConfigRecord({"go": go})}) for go in (True, False)}
-    for member in members:
-        content = contents[member.client in kept]
-        yield Message(content, member.node_id, "train.finish", group_id=str(server_round))
 
 
 def _alike(some: RecordDict, others: RecordDict) -> bool:

@@ -20,6 +20,8 @@ class RoundGrid(Grid):
         self._grid = grid
         self.members = members
         self.deadline = deadline
+        # Whether a selector decides in the round, after a probe.
+        self.probed = False
         # Whose answers the round rests on: all, until a selector stops some of them early.
         self.counted = frozenset(member.client for member in members)
         self.stopped: frozenset[int] = frozenset()

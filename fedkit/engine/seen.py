@@ -6,8 +6,11 @@ A resumed run replays its events, and so knows the same.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from bisect import bisect_left
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Any
 
 from fedkit.engine.events import APART, REWIND, Event
 from fedkit.engine.selection import Seen
@@ -33,88 +36,121 @@ class _Part:
 
 
 class Ledger:
-    """Who was chosen in which round, and what came of it."""
+    """Who was chosen in which round, and what came of it.
+
+    A round is open until a later one starts; what came of it is then added to what was seen of its
+    clients, so that a round costs the same however many there were before.
+    """
 
     def __init__(self) -> None:
-        self._rounds: dict[int, dict[int, _Part]] = {}
+        self._open: dict[int, dict[int, _Part]] = {}
+        self._seen: dict[int, Seen] = {}
+        self._last = 0
 
     def take(self, event: Event) -> None:
         """Take one event in."""
         round = event.round or 0
         if event.event == REWIND:
-            # Of a round that is skipped it stays known who did not answer; one that is run again
-            # begins anew.
-            missed = {c: part for c, part in self._rounds.get(round, {}).items() if part.missed}
-            self._rounds = {at: parts for at, parts in self._rounds.items() if at < round}
-            self._rounds |= {round: missed} if missed else {}
+            self._rewind(round)
         elif event.event == "round_start":
-            self._rounds[round] = {client: _Part() for client in event.value or ()}
+            self._close_before(round)
+            self._open[round] = {client: _Part() for client in event.value or ()}
         elif event.event == "kept":
-            for client, part in self._rounds.get(round, {}).items():
+            for client, part in self._open.get(round, {}).items():
                 part.stopped = not part.missed and client not in event.value
         elif event.client is not None and event.exchange not in APART:
-            part = self._rounds.get(round, {}).get(event.client, _Part())
+            part = self._open.get(round, {}).get(event.client, _Part())
             _note(part, event)
 
     def before(self, round: int) -> Mapping[int, Seen]:
         """What was seen of each client in the rounds before that one."""
-        return _Before(self._rounds, round)
+        seen = self._seen
+        if round <= self._last:
+            seen = {client: _until(each, round) for client, each in seen.items()}
+            seen = {client: each for client, each in seen.items() if each != Seen()}
+        for at in sorted(self._open):
+            if at < round:
+                seen = _added(seen, at, self._open[at])
+        return MappingProxyType(seen)
 
     def took_part(self) -> dict[int, int]:
         """In how many rounds each client's work counted."""
-        counts: dict[int, int] = {}
-        for part_of in self._rounds.values():
-            for client, part in part_of.items():
-                counts[client] = counts.get(client, 0) + _counts(part)
-        return counts
+        latest = max([self._last, *self._open]) + 1
+        return {client: len(seen.rounds) for client, seen in self.before(latest).items()}
 
     def bytes_up(self, round: int) -> int:
-        """Tensor bytes that came up in a round."""
-        return sum(part.bytes_up for part in self._rounds.get(round, {}).values())
+        """Tensor bytes that came up in a round that is still open."""
+        return sum(part.bytes_up for part in self._open.get(round, {}).values())
 
     def latency(self, round: int) -> float:
-        """Seconds of a round by the clients' clocks: the slowest probe, then the slowest that went on.
+        """Seconds of an open round by the clients' clocks: the slowest probe, then the slowest to go on.
 
         One that did not answer took as long as it was given.
         """
-        parts = self._rounds.get(round, {}).values()
+        parts = self._open.get(round, {}).values()
         probing = max(
             ((part.probe_seconds or 0) + part.probe_transfer for part in parts), default=0.0
         )
         going_on = (part.seconds + part.transfer for part in parts if not part.stopped)
         return probing + max(going_on, default=0.0)
 
+    def _close_before(self, round: int) -> None:
+        for at in sorted(self._open):
+            if at < round:
+                self._seen = _added(self._seen, at, self._open.pop(at))
+                self._last = at
 
-class _Before(Mapping[int, Seen]):
-    """Made when it is read: most selectors ask of few clients, or of none."""
+    def _rewind(self, round: int) -> None:
+        """It is run again, with all after it, or skipped: then it stays known who did not answer."""
+        if round <= self._last:
+            self._seen = dict(self.before(round))
+            self._open.clear()
+            self._last = round - 1
+            return
+        missed = {c: part for c, part in self._open.get(round, {}).items() if part.missed}
+        self._open = {at: parts for at, parts in self._open.items() if at < round}
+        if missed:
+            self._open[round] = missed
 
-    def __init__(self, rounds: Mapping[int, Mapping[int, _Part]], round: int) -> None:
-        self._rounds = {at: parts for at, parts in sorted(rounds.items()) if at < round}
 
-    def __getitem__(self, client: int) -> Seen:
-        parts = {at: parts[client] for at, parts in self._rounds.items() if client in parts}
-        if not parts:
-            raise KeyError(client)
-        done = {at: part for at, part in parts.items() if _counts(part)}
-        probed = {at: part for at, part in parts.items() if part.probe_seconds is not None}
-        return Seen(
-            rounds=tuple(done),
-            losses=tuple(part.loss for part in done.values()),
-            seconds=tuple(part.seconds + (part.probe_seconds or 0.0) for part in done.values()),
-            transfer_seconds=tuple(part.transfer for part in done.values()),
-            bytes_up=tuple(part.bytes_up for part in done.values()),
-            probed=tuple(probed),
-            rejected=tuple(at for at, part in parts.items() if part.stopped),
-            probe_seconds=tuple(part.probe_seconds or 0.0 for part in probed.values()),
-            probe_losses=tuple(part.probe_loss for part in probed.values()),
-            missed=tuple(at for at, part in parts.items() if part.missed),
-        )
+def _added(seen: Mapping[int, Seen], at: int, parts: Mapping[int, _Part]) -> dict[int, Seen]:
+    """What was seen of each client, with what came of one round more."""
+    more = dict(seen)
+    for client, part in parts.items():
+        before = more.get(client, Seen())
+        done: dict[str, Any] = {
+            "rounds": at,
+            "losses": part.loss,
+            "seconds": part.seconds + (part.probe_seconds or 0.0),
+            "transfer_seconds": part.transfer,
+            "bytes_up": part.bytes_up,
+        }
+        new = done if _counts(part) else {}
+        if part.probe_seconds is not None:
+            new |= {"probed": at, "probe_seconds": part.probe_seconds}
+            new |= {"probe_losses": part.probe_loss}
+        new |= {"rejected": at} if part.stopped else {}
+        new |= {"missed": at} if part.missed else {}
+        longer = {name: (*getattr(before, name), value) for name, value in new.items()}
+        more[client] = replace(before, **longer)
+    return more
 
-    def __iter__(self) -> Iterator[int]:
-        return iter(sorted({client for parts in self._rounds.values() for client in parts}))
 
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
+def _until(seen: Seen, round: int) -> Seen:
+    """What was seen in the rounds before that one."""
+    done, probed = bisect_left(seen.rounds, round), bisect_left(seen.probed, round)
+    return Seen(
+        seen.rounds[:done],
+        seen.losses[:done],
+        seen.seconds[:done],
+        seen.transfer_seconds[:done],
+        seen.bytes_up[:done],
+        seen.probed[:probed],
+        seen.rejected[: bisect_left(seen.rejected, round)],
+        seen.probe_seconds[:probed],
+        seen.probe_losses[:probed],
+        seen.missed[: bisect_left(seen.missed, round)],
+    )
 
 
 def jain(counts: Iterable[float]) -> float | None:
@@ -140,7 +176,7 @@ def _note(part: _Part, event: Event) -> None:
         else:
             part.seconds += value
     elif event.event == "bytes" and event.name == "bytes_up":
-        # Who only says that it has heard has not taken part.
+        # Who only says that it has heard, and neither sends nor trained, has not taken part.
         part.answered = part.answered or value > 0
         part.bytes_up += value
     elif event.event == "timing" and not 0 <= value <= LONGEST_S:
@@ -157,6 +193,6 @@ def _note(part: _Part, event: Event) -> None:
             part.transfer += value
     elif event.event == "metric" and value is not None:
         if event.name == "train_loss":
-            part.loss = value
+            part.answered, part.loss = True, value
         elif event.name == "probe_loss":
             part.probe_loss = value

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from fedkit import __version__
 from fedkit.engine.events import APART_TYPES, REWIND, Event, Listener
 from fedkit.engine.history import ALL_DONE, History
+from fedkit.engine.known import Known as Rounds
 from fedkit.engine.lobby import Lobby
 from fedkit.engine.metrics import Metrics, metrics_address
 from fedkit.engine.nodes import Known, NodeFile, read_nodes
@@ -144,9 +145,16 @@ class _Run:
         self._nodes = NodeFile(rundir.path, known.federation)
         self._nodes.keep(known.nodes, known.shards)
         self._rundir = rundir
-        self._history = History()
+        self._rounds = Rounds(plan.federation)
+        self._history = History(self._rounds.seen)
         self._metrics = Metrics(plan.federation)
-        self._listeners = [rundir.record, self._history.take, self._metrics.take, *listeners]
+        self._listeners = [
+            rundir.record,
+            self._rounds.take,
+            self._history.take,
+            self._metrics.take,
+            *listeners,
+        ]
         self._started = time.monotonic()
         # Of the processes before this one.
         self._seconds, self._sent_up, self._sent_down = 0.0, 0, 0
@@ -193,14 +201,13 @@ class _Run:
         from fedkit.engine.checkpoint import Checkpoints
         from fedkit.engine.driver import Driver
         from fedkit.engine.facts import ServerView
-        from fedkit.engine.known import Known
         from fedkit.engine.resume import last_good
         from fedkit.flower import take_identity
         from fedkit.link.grid import LinkGrid
 
-        known = Known(self._plan.federation)
-        self._listeners.append(known.take)
-        checkpoint = last_good(self._rundir.path, self._history, known.take) if resume else None
+        rounds, checkpoint = self._rounds, None
+        if resume:
+            checkpoint = last_good(self._rundir.path, self._history, rounds.take)
         self._emit(Event("listen", name=self._address))
         take_identity()
         view = ServerView(self._plan)
@@ -214,7 +221,7 @@ class _Run:
             nonlocal arrays, done
             arrays, done = new, server_round
             self._rundir.sync()
-            selector = getattr(driver.selector, "state", None)
+            selector = driver.chooser.remembered(server_round)
             checkpoints.save(self._progress(server_round), strategy.state, new, selector)
 
         def why_not(node_id: int, facts: ConfigRecord) -> str | None:
@@ -232,7 +239,7 @@ class _Run:
                 strategy.server_models(arrays), strategy.measured
             ),
             round_over=round_over,
-            known=known,
+            known=rounds,
             elapsed=self._elapsed,
         )
         if checkpoint is not None:
@@ -240,9 +247,7 @@ class _Run:
             first_round = done + 1
             if strategy.state is not None:
                 strategy.state = checkpoint.strategy_state(type(strategy.state))
-            learned = getattr(driver.selector, "state", None)
-            if learned is not None:
-                driver.selector.state = checkpoint.selector_state(type(learned))  # type: ignore[attr-defined]
+            driver.chooser.recall(checkpoint)
             self._go_on(checkpoint)
         if resume:
             self._emit(Event(REWIND, first_round, name=f"the run goes on with round {first_round}"))

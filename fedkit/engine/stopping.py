@@ -8,49 +8,71 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 from fedkit.engine.events import APART, REWIND, Event
 from fedkit.errors import UsageError
 from fedkit.registry import suggest
 from fedkit.settings import FederationSettings
 
+T = TypeVar("T")
 UNTIL = ("val_accuracy",)
 TARGETS = ("mean_global_accuracy", "mean_personal_accuracy")
 # Of a client that measures both, its own model's counts.
 VALIDATION = ("own_model/own_val/accuracy", "global_model/own_val/accuracy")
 
 
+@dataclass(frozen=True)
+class _Standing:
+    """How validation stands after a measured round: its accuracy, the best, and the first good enough."""
+
+    round: int
+    accuracy: float
+    best: float
+    best_round: int
+    reached: float | None = None
+    reached_round: int = 0
+
+
 class Stopping:
-    """The rules of one run, and what they look at; it listens to events."""
+    """The rules of one run, and what they look at; it listens to events.
+
+    What was measured in earlier rounds is kept as one standing a round, and their bytes as one sum.
+    """
 
     def __init__(self, settings: FederationSettings) -> None:
         self._settings = settings
-        self._accuracies: dict[int, dict[str, dict[int, float]]] = defaultdict(
-            lambda: {name: {} for name in VALIDATION}
-        )
-        self._bytes: dict[int, int] = defaultdict(int)
+        until = settings.until
+        self._goal = parse_goal("until", until, UNTIL)[1] if until else math.inf
+        # Of the newest measured round: by metric, by client.
+        self._round = 0
+        self._accuracies: dict[str, dict[int, float]] = {name: {} for name in VALIDATION}
+        self._standings: dict[int, _Standing] = {}
+        # All bytes up to and with each round.
+        self._bytes: dict[int, int] = {}
 
     def take(self, event: Event) -> None:
         """Take one event in."""
         round = event.round or 0
         if event.event == REWIND:
-            for by_round in (self._accuracies, self._bytes):
-                for at in [at for at in by_round if at >= round]:
-                    del by_round[at]
+            self._rewind(round)
         elif event.event == "bytes" and event.exchange not in APART:
-            self._bytes[round] += event.value
+            self._bytes[round] = self._bytes.get(round, self._total()) + event.value
         elif event.exchange == "evaluate" and event.client is not None and _is_measured(event):
-            self._accuracies[round][str(event.name)][event.client] = float(event.value)
+            if round != self._round:
+                self._settle()
+                self._begin(round)
+            self._accuracies[str(event.name)][event.client] = float(event.value)
 
     def accuracy(self, round: int) -> float:
         """Mean accuracy on the clients' validation data after that round; NaN if nobody measured."""
-        by_name = self._accuracies.get(round, {})
+        if round != self._round:
+            return self._standings[round].accuracy if round in self._standings else math.nan
         of_client = {
             client: value for name in reversed(VALIDATION) for client, value in
-            by_name.get(name, {}).items()
+            self._accuracies[name].items()
         }  # fmt: skip
         return statistics.fmean(of_client.values()) if of_client else math.nan
 
@@ -60,37 +82,67 @@ class Stopping:
         Args:
             seconds: how long the run has taken, over all its processes.
         """
-        settings = self._settings
+        settings, total = self._settings, self._total()
         if settings.max_seconds and seconds >= settings.max_seconds:
             return f"{seconds:.0f} seconds have passed, and max-seconds is {settings.max_seconds:g}"
-        total = sum(self._bytes.values())
         if settings.max_bytes and total >= settings.max_bytes:
             return f"{total:,} bytes have travelled, and max-bytes is {settings.max_bytes:,}"
         return None
 
     def good_enough(self) -> str | None:
         """Why validation accuracy asks for no more rounds, or None."""
-        settings = self._settings
-        measured = {
-            at: value
-            for at in sorted(self._accuracies)
-            if not math.isnan(value := self.accuracy(at))
-        }
-        if not measured:
+        self._settle()
+        now = _last(self._standings)
+        if now is None:
             return None
-        if settings.until:
-            name, goal = parse_goal("until", settings.until, UNTIL)
-            reached = next((at for at, value in measured.items() if value >= goal), None)
-            if reached is not None:
-                return f"{name} is {measured[reached]:.4f} after round {reached}, and {goal:g} was wanted"
-        best = max(measured, key=lambda at: (measured[at], -at))
-        waited = max(measured) - best
-        if settings.patience and waited >= settings.patience:
+        if now.reached is not None:
             return (
-                f"no validation accuracy in {waited} rounds was above the {measured[best]:.4f} of "
-                f"round {best} (patience)"
+                f"{UNTIL[0]} is {now.reached:.4f} after round {now.reached_round}, and {self._goal:g} was "
+                "wanted"
+            )
+        patience, waited = self._settings.patience, now.round - now.best_round
+        if patience and waited >= patience:
+            return (
+                f"no validation accuracy in {waited} rounds was above the {now.best:.4f} of round "
+                f"{now.best_round} (patience)"
             )
         return None
+
+    def _total(self) -> int:
+        return _last(self._bytes) or 0
+
+    def _begin(self, round: int) -> None:
+        self._round = round
+        self._accuracies = {name: {} for name in VALIDATION}
+
+    def _settle(self) -> None:
+        """Take the newest measured round's accuracy into the standings."""
+        round, accuracy = self._round, self.accuracy(self._round)
+        if math.isnan(accuracy):
+            return
+        self._standings.pop(round, None)
+        before = _last(self._standings)
+        if before is None or accuracy > before.best:
+            now = _Standing(round, accuracy, accuracy, round)
+        else:
+            now = replace(before, round=round, accuracy=accuracy)
+        if before is not None and before.reached is not None:
+            now = replace(now, reached=before.reached, reached_round=before.reached_round)
+        elif accuracy >= self._goal:
+            now = replace(now, reached=accuracy, reached_round=round)
+        self._standings[round] = now
+
+    def _rewind(self, round: int) -> None:
+        for by_round in (self._standings, self._bytes):
+            for at in [at for at in by_round if at >= round]:
+                del by_round[at]
+        if self._round >= round:
+            self._begin(0)
+
+
+def _last(by_round: dict[int, T]) -> T | None:
+    """What belongs to the newest round; rounds come in order."""
+    return by_round[next(reversed(by_round))] if by_round else None
 
 
 def _is_measured(event: Event) -> bool:

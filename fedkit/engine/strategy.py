@@ -43,12 +43,14 @@ class Exchange:
         aggregate: takes the replies.
         once: whether a client has it once in its life, before the work of its first round: a selector's
             probe comes after it.
+        trains: whether clients do a round's private training in it; the probe is the beginning of that.
     """
 
     name: str
     configure: Configure
     aggregate: Aggregate
     once: bool = False
+    trains: bool = True
 
 
 @dataclass(frozen=True)

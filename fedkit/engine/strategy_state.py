@@ -38,6 +38,12 @@ def save_state(path: Path, state: Any) -> None:
     write_whole(path, [safetensors.numpy.save(arrays, {"fedkit": json.dumps(header)})])
 
 
+def check_state(state: Any) -> None:
+    """Raise ``TypeError`` for a state that can't be saved."""
+    for item in fields(state):
+        json.dumps(_take_apart(getattr(state, item.name), {}))
+
+
 def load_state(path: Path, kind: type[T]) -> T:
     """The state of that kind in a file.
 

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fedkit.seeds import numpy_generator, torch_generator
+from fedkit.seeds import torch_generator
 from strategies.selectors.features import Standard
 from strategies.selectors.fedmarl_settings import FedMARLSettings
 from strategies.selectors.replay import Batch, Replay
@@ -117,26 +117,22 @@ class Team(nn.Module):
 class Learner:
     """Teaches a team by what it has been through (double DQN on the team's value)."""
 
-    def __init__(
-        self, team: Team, standard: Standard, settings: FedMARLSettings, seed: int
-    ) -> None:
+    def __init__(self, team: Team, standard: Standard, settings: FedMARLSettings) -> None:
         self.replay = Replay(settings.capacity)
         self._team = team
         self._target = copy.deepcopy(team)
         self._standard = standard
         self._settings = settings
-        self._seed = seed
         self._steps = 0
         # One pass over memory instead of several.
         parameters = list(team.parameters())
         self._optimiser = torch.optim.Adam(parameters, lr=settings.agent_rate, fused=True)
 
-    def learn(self) -> None:
-        """The steps that follow a round."""
+    def learn(self, generator: np.random.Generator) -> None:
+        """The steps that follow a round, on rounds that ``generator`` draws."""
         if len(self.replay) < self._settings.agent_batch:
             return
         for _ in range(self._settings.updates):
-            generator = numpy_generator(self._seed, "replay", round=self._steps)
             self.step(self.replay.sample(self._settings.agent_batch, generator))
 
     def step(self, batch: Batch) -> float:

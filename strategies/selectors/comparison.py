@@ -12,7 +12,8 @@ from fedkit.engine.roster import Member
 from fedkit.engine.selection import Selector, View
 from strategies.selectors.plain import BeforeTraining
 from strategies.selectors.reward import Units, total
-from strategies.selectors.simulator import Round, Samples, Simulation
+from strategies.selectors.samples import Samples
+from strategies.selectors.simulator import Round, Simulation
 
 # The accuracy that a run ends with is the mean of so many last rounds: a single one is noisy.
 LAST_ROUNDS = 3

@@ -1,8 +1,9 @@
-"""What an agent sees of its client: s_n in R^{2h+5}, in the measure of the clients that are probed with it.
+"""What an agent sees of its client: s_n in R^{2h+6}, in the measure of the clients that are probed with it.
 
-Losses, seconds, bytes and samples are logarithms of their ratio to the mean of the probed clients (ours:
-so a policy holds for networks and devices of another scale); then they are standardised by running
-statistics that are saved with the policy.
+Losses, seconds, bytes and samples are logarithms of their ratio to the median of the probed clients
+(ours: so a policy holds for networks and devices of another scale, and one client that lies moves the
+others by the place of one); then they are standardised by running statistics that are saved with the
+policy.
 """
 
 from __future__ import annotations
@@ -19,14 +20,16 @@ from fedkit.engine.selection import Probe, Seen, View
 
 # Nothing that is measured is smaller, in its unit; 0 has no logarithm.
 SMALLEST = 1e-6
+# Nobody is taken to be farther from the median than by this factor.
+LARGEST_RATIO = 100.0
 # A feature that hardly varied in training must not become a huge number where it does.
 LEAST_DEVIATION = 0.1
 FARTHEST = 5.0
 
 
 def width(history: int) -> int:
-    """Numbers that an agent sees: 2h + 5."""
-    return 2 * history + 5
+    """Numbers that an agent sees: 2h + 6."""
+    return 2 * history + 6
 
 
 def observe(
@@ -36,13 +39,14 @@ def observe(
     history: int,
     worst_loss: float,
 ) -> NDArray[np.float32]:
-    """The features of those probed, before they are standardised (float32, n x 2h+5).
+    """The features of those probed, before they are standardised (float32, n x 2h+6).
 
     Columns: loss; the last h probing latencies, the present one first; the last h upload latencies,
     the newest first; upload bytes; samples; seconds from the decision to the end that are expected
-    (ours, ``_finish``); which part of the run's rounds this one ends (ours: t alone would mean something
-    else in a run of another length). Where a client has no history yet,
-    the mean of those that have stands for it, and 0 where none has.
+    (ours, ``_finish``); log(1 + rounds that passed since the client last counted) (ours: what it alone
+    has is forgotten by and by); log(1 + rounds that are left) (ours, for t, which would mean something
+    else in a run of another length). Where a client has no history yet, the median of those that have
+    stands for it, and nothing where none has.
 
     Args:
         view: the round's.
@@ -51,17 +55,16 @@ def observe(
         history: h.
         worst_loss: stands for a loss that is no number.
     """
-    losses, latencies, uploads, sizes, works = [], [], [], [], []
+    losses, latencies, uploads, sizes, works, passed = [], [], [], [], [], []
     for member in members:
         probe, seen = probes[member.client], view.seen.get(member.client, Seen())
         losses.append(probe.loss if math.isfinite(probe.loss) else worst_loss)
-        # The ledger may hold this round's probe already.
-        probed = zip(seen.probed, seen.probe_seconds, strict=False)
-        earlier = [seconds for number, seconds in probed if number < view.round]
-        latencies.append(_newest([*earlier, probe.seconds], history))
+        latencies.append(_newest([*seen.probe_seconds[-history:], probe.seconds], history))
         uploads.append(_newest(seen.transfer_seconds, history))
         sizes.append(probe.upload_bytes)
         works.append(_work(seen))
+        passed.append(view.round - 1 - max(seen.rounds, default=0))
+    left = max(view.rounds - view.round, 0)
     columns = [
         _relative(losses),
         *(_relative(column) for column in np.array(latencies).T),
@@ -69,7 +72,8 @@ def observe(
         _relative(sizes),
         _relative([member.examples for member in members]),
         _relative(_finish(latencies, uploads, works)),
-        np.full(len(members), view.round / max(view.rounds, view.round, 1)),
+        np.log1p(np.maximum(passed, 0)),
+        np.full(len(members), math.log1p(left)),
     ]
     return np.stack(columns, axis=1).astype(np.float32)
 
@@ -89,13 +93,13 @@ def _finish(
     """Seconds that each would take from the decision to the end of its upload.
 
     The present probe times what the probed clients' whole work is of a probe beyond it (the median: all
-    are given the same epochs), and the last upload, or the mean of those known.
+    are given the same epochs), and the last upload, or the median of those known.
     """
     known = np.array(works)[np.isfinite(works)]
     beyond = max(float(np.median(known)) - 1, 0.0) if len(known) else 1.0
     last = np.array([column[0] for column in uploads])
     sending = np.isfinite(last)
-    missing = last[sending].mean() if sending.any() else 0.0
+    missing = np.median(last[sending]) if sending.any() else 0.0
     expected: NDArray[np.float64] = beyond * np.array([column[0] for column in latencies])
     return expected + np.where(sending, last, missing)
 
@@ -107,13 +111,14 @@ def _newest(values: Sequence[float], history: int) -> list[float]:
 
 
 def _relative(values: Sequence[float] | NDArray[np.float64]) -> NDArray[np.float64]:
-    """log(x / mean x), where numbers that are missing count as the mean."""
+    """log(x / median x), bounded, where numbers that are missing count as the median."""
     column = np.asarray(values, dtype=np.float64)
     known = np.isfinite(column)
     if not known.any():
         return np.zeros(len(column))
-    column = np.maximum(np.where(known, column, column[known].mean()), SMALLEST)
-    relative: NDArray[np.float64] = np.log(column / column.mean())
+    middle = max(float(np.median(column[known])), SMALLEST)
+    ratios = np.maximum(np.where(known, column, middle), SMALLEST) / middle
+    relative: NDArray[np.float64] = np.log(np.clip(ratios, 1 / LARGEST_RATIO, LARGEST_RATIO))
     return relative
 
 

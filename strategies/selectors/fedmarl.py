@@ -21,7 +21,7 @@ from strategies.selectors.agents import Learner, greedy
 from strategies.selectors.features import observe
 from strategies.selectors.policy import Policy
 from strategies.selectors.replay import Transition
-from strategies.selectors.reward import Units, team_reward
+from strategies.selectors.reward import Units, gained, saved, team_reward
 
 
 class FedMARL:
@@ -62,7 +62,7 @@ class FedMARL:
         share = math.ceil(policy.settings.min_share * len(members) - 1e-9)
         _keep_enough(actions, values, losses, max(policy.settings.min_keep, share))
         if self._learning is not None:
-            self._learning.act(raw, actions)
+            self._learning.act(raw, actions, view)
         return [member for member, action in zip(members, actions, strict=True) if action]
 
     def learn(self, outcome: Outcome) -> None:
@@ -99,25 +99,23 @@ class FedMARLState:
 class Learning:
     """How a policy learns from round to round: explores, remembers what it did, is paid, takes steps."""
 
-    def __init__(
-        self, policy: Policy, *, seed: int = 0, falling: int = 0, units: Units | None = None
-    ) -> None:
+    def __init__(self, policy: Policy, *, falling: int = 0, units: Units | None = None) -> None:
         """Learning that begins.
 
         Args:
             policy: changes as it learns.
-            seed: of what is drawn from the replay buffer.
             falling: rounds in which epsilon falls from 1 to its end; 0: it is there at once.
             units: what latency and bytes are counted in; None: what the first round costs, in which
                 everybody goes on.
         """
         self.units = units
         self._policy = policy
-        self._learner = Learner(policy.team, policy.standard, policy.settings, seed)
+        self._learner = Learner(policy.team, policy.standard, policy.settings)
         self._falling = falling
         self._rounds = 0
         self._accuracy = math.nan
-        self._acted: tuple[NDArray[np.float32], NDArray[np.int64]] | None = None
+        self._everybody: Outcome | None = None
+        self._acted: tuple[NDArray[np.float32], NDArray[np.int64], View] | None = None
         # A round's transition waits for what the next one's clients look like.
         self._waiting: tuple[NDArray[np.float32], NDArray[np.int64], float] | None = None
 
@@ -150,30 +148,42 @@ class Learning:
         random = order <= np.quantile(order, share)
         return np.where(tried, random, actions).astype(np.int64)
 
-    def act(self, states: NDArray[np.float32], actions: NDArray[np.int64]) -> None:
+    def act(self, states: NDArray[np.float32], actions: NDArray[np.int64], view: View) -> None:
         """Take note of what was seen and done; the round before is whole now."""
         self._store(states)
-        self._acted = states, actions
+        self._acted = states, actions, view
         self._rounds += 1
 
-    def learn(self, outcome: Outcome) -> None:
-        """Be paid for the round, and take steps.
+    def compare(self, everybody: Outcome) -> None:
+        """Take note of what the round would have come to if everybody had gone on."""
+        self._everybody = everybody
 
-        A round teaches nothing if its accuracy or that of the round before was not measured.
+    def learn(self, outcome: Outcome) -> None:
+        """Be paid for the round, and take steps; what is drawn for them is the round's generator's.
+
+        A round teaches nothing if nobody decided in it, or if its accuracy or that of the round before was
+        not measured.
         """
         before, smoothing = self._accuracy, self._policy.settings.smoothing
         self._accuracy = outcome.accuracy
         if math.isfinite(before):
             self._accuracy += smoothing * (before - outcome.accuracy)
-        if self.units is None and outcome.seconds > 0 and outcome.bytes_up > 0:
-            self.units = Units(outcome.seconds, outcome.bytes_up)
-        elif self.units is not None and self._acted is not None:
-            gained = replace(outcome, accuracy=self._accuracy)
-            if math.isfinite(before) and math.isfinite(outcome.accuracy):
-                reward = team_reward(gained, before, self.units, self._policy.objective)
-                self._waiting = (*self._acted, reward)
-        self._acted = None
-        self._learner.learn()
+        acted, self._acted = self._acted, None
+        everybody, self._everybody = self._everybody, None
+        if acted is None:
+            return
+        states, actions, view = acted
+        if self.units is None:
+            if outcome.seconds > 0 and outcome.bytes_up > 0:
+                self.units = Units(outcome.seconds, outcome.bytes_up)
+        elif everybody is not None:
+            reward = self._beside(outcome, everybody, view)
+            self._waiting = states, actions, reward
+        elif math.isfinite(before) and math.isfinite(outcome.accuracy):
+            smoothed = replace(outcome, accuracy=self._accuracy)
+            reward = team_reward(smoothed, before, self.units, self._policy.objective)
+            self._waiting = states, actions, reward
+        self._learner.learn(view.generator)
 
     def end(self) -> None:
         """The federation is over: nothing follows the last round, and another may begin."""
@@ -204,6 +214,14 @@ class Learning:
         standard = self._policy.standard
         standard.count, standard.mean, standard.squares = values["standard"]
         self._learner.recall(values["learner"])
+
+    def _beside(self, outcome: Outcome, everybody: Outcome, view: View) -> float:
+        """What the round is paid beside the same one in which everybody goes on."""
+        policy, units = self._policy, self.units
+        assert units is not None
+        lasting = policy.settings.fading ** max(view.rounds - view.round, 0)
+        gain = lasting * gained(outcome, everybody, policy.objective)
+        return gain + saved(outcome, everybody, units, policy.objective)
 
     def _store(self, following: NDArray[np.float32]) -> None:
         if self._waiting is not None:

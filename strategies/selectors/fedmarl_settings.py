@@ -67,6 +67,14 @@ class FedMARLSettings:
         maximum=0.99,
         source=OURS,
     )
+    fading: float = setting(
+        1.0,
+        "share of the accuracy that a round won or lost which is left a round later: in simulation a round "
+        "is paid for what is left at the run's end",
+        minimum=0,
+        maximum=1,
+        source=OURS,
+    )
     cost_episodes: int = setting(
         0,
         "federations before all others in which nobody trains and only seconds and bytes are paid for, "

@@ -25,8 +25,8 @@ class Training(Protocol):
         """Each one's mean loss in the last of so many epochs; only those ``kept`` train on."""
         ...
 
-    def average(self, came: Sequence[int], epochs: int) -> Weights:
-        """The mean of those that came, after all their epochs."""
+    def average(self, came: Sequence[int]) -> Weights:
+        """The mean of those that came, as far as they have trained."""
         ...
 
 
@@ -45,7 +45,7 @@ class Untrained:
         """The same however long they would train."""
         return self._losses
 
-    def average(self, came: Sequence[int], epochs: int) -> Weights:
+    def average(self, came: Sequence[int]) -> Weights:
         """What was given."""
         return self._weights
 
@@ -100,11 +100,11 @@ class Local:
             self._done += 1
         return self._losses
 
-    def average(self, came: Sequence[int], epochs: int) -> Weights:
-        """The mean of those that came, after all their epochs."""
-        self.losses(epochs, came)
-        counts = [len(self._shards[client]) for client in self.clients]
-        return perceptrons.mean(self._stack, counts)
+    def average(self, came: Sequence[int]) -> Weights:
+        """The mean of those that came, as far as they have trained."""
+        at = [place for place, client in enumerate(self.clients) if client in set(came)]
+        counts = [len(self._shards[self.clients[place]]) for place in at]
+        return perceptrons.mean(perceptrons.some(self._stack, at), counts)
 
     def _order(self, client: int) -> Indices:
         seed = derive(self._settings.seed, f"epoch {self._done}", client, self._number)

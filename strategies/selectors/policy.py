@@ -26,7 +26,7 @@ from strategies.selectors.agents import Team
 from strategies.selectors.features import Standard, width
 from strategies.selectors.fedmarl_settings import FedMARLSettings
 
-SCHEMA = 2
+SCHEMA = 3
 SHIPPED = Path(__file__).parent / "policies" / "default.safetensors"
 LARGEST_BYTES = 64_000_000
 # Whatever a file that is not ours, or no longer whole, may lead to.

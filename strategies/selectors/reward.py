@@ -59,6 +59,26 @@ def team_reward(
     return objective.w1 * gain - cost - objective.w3 * outcome.bytes_up / units.size
 
 
+def gained(outcome: Outcome, everybody: Outcome, objective: ObjectiveSettings) -> float:
+    """w1 (U(Acc) - U(Acc of all)): what a round's accuracy is worth beside that of the same round in which
+    everybody goes on (ours); 0 where everybody does.
+
+    Both begin with the same network and orders of data, so most of the noise, which they share, is gone.
+    """
+    return objective.w1 * (
+        worth(outcome.accuracy, objective) - worth(everybody.accuracy, objective)
+    )
+
+
+def saved(
+    outcome: Outcome, everybody: Outcome, units: Units, objective: ObjectiveSettings
+) -> float:
+    """- w2 (H - H of all) - w3 (B - B of all): what a round saves beside the same round with everybody."""
+    seconds = (outcome.seconds - everybody.seconds) / units.seconds
+    sizes = (outcome.bytes_up - everybody.bytes_up) / units.size
+    return -objective.w2 * seconds - objective.w3 * sizes
+
+
 def total(
     accuracy: float, outcomes: Sequence[Outcome], units: Units, objective: ObjectiveSettings
 ) -> float:

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from fedkit.data.datasets import open_dataset
 from fedkit.data.partitions import Labelled, deal
 from fedkit.devices import clock, device, profiles, traces
 from fedkit.devices.clock import VirtualClock
@@ -25,35 +24,13 @@ from fedkit.engine.roster import Member
 from fedkit.engine.selection import Outcome, Probe, Seen, Selector, View
 from fedkit.errors import UsageError
 from fedkit.seeds import numpy_generator
-from fedkit.settings import DataSettings
 from strategies.selectors import local_training, perceptrons
 from strategies.selectors.local_training import Local, Training, Untrained
-from strategies.selectors.perceptrons import Floats, Indices
+from strategies.selectors.perceptrons import Floats, Indices, Weights
+from strategies.selectors.samples import Samples
 
-# So many samples, at most, validate a round, and as many measure it.
-MEASURED = 2000
 # The server waits for as many times what the slowest device would nominally take for a whole round.
 PATIENCE = 2.0
-
-
-@dataclass(frozen=True)
-class Samples:
-    """A data set as perceptrons read it.
-
-    Attributes:
-        inputs, labels: of the training set, n x features and n.
-        val_inputs, val_labels: half of the test set, for decisions.
-        test_inputs, test_labels: the other half, for what is reported.
-        classes: how many.
-    """
-
-    inputs: Floats
-    labels: Indices
-    val_inputs: Floats
-    val_labels: Indices
-    test_inputs: Floats
-    test_labels: Indices
-    classes: int
 
 
 @dataclass(frozen=True)
@@ -71,57 +48,52 @@ class Round:
     chosen: tuple[int, ...]
 
 
-def read_samples(spec: str, sources: DataSettings) -> Samples:
-    """A data set for ``Simulation``.
-
-    Raises:
-        UsageError: no such data set, or one that perceptrons can't read or that has no test set.
-        FedkitError: its files are missing or damaged.
-    """
-    dataset = open_dataset(spec, sources)
-    if not len(dataset.train.mean) or len(dataset.test) < 2 or len(dataset.classes) < 2:
-        raise UsageError(
-            f"A simulation needs images or features, classes and a test set, which {spec} has not."
-        )
-    train, test = dataset.train.all(), dataset.test.all()
-    pixels = [
-        samples.inputs(slice(None)).reshape(len(samples), -1).numpy() for samples in (train, test)
-    ]
-    half = min(len(test) // 2, MEASURED)
-    order = numpy_generator(0, "simulation's test set").permutation(len(test))
-    val, rest = order[:half], order[half : 2 * half]
-    answers = test.labels.numpy()
-    return Samples(
-        pixels[0],
-        train.labels.numpy(),
-        pixels[1][val],
-        answers[val],
-        pixels[1][rest],
-        answers[rest],
-        len(dataset.classes),
-    )
-
-
 def code_digest() -> str:
     """SHA-256 (hex) of the code that simulates, by which a policy says what it was trained on."""
     sha = hashlib.sha256()
-    for module in (clock, device, profiles, traces, local_training, perceptrons):
-        sha.update(Path(str(module.__file__)).read_bytes())
-    sha.update(Path(__file__).read_bytes())
+    modules = (clock, device, profiles, traces, local_training, perceptrons)
+    here = Path(__file__)
+    for path in (
+        *(Path(str(module.__file__)) for module in modules),
+        here.with_name("samples.py"),
+        here,
+    ):
+        sha.update(path.read_bytes())
     return sha.hexdigest()
+
+
+@dataclass(frozen=True)
+class _End:
+    """How a client's round ends: seconds of work and of sending, of all, and whether it came in time."""
+
+    work: float
+    up: float
+    whole: float
+    came: bool
 
 
 class Simulation:
     """One federation; the same settings give the same numbers."""
 
-    def __init__(self, settings: SimulationSettings, samples: Samples) -> None:
+    def __init__(
+        self,
+        settings: SimulationSettings,
+        samples: Samples,
+        beside: Callable[[Outcome], None] | None = None,
+    ) -> None:
         """A federation before its first round.
+
+        Args:
+            settings: of the federation.
+            samples: that it has.
+            beside: is told, before the selector hears of a round with a probe, what it would have come to
+                if everybody had gone on: the same networks, orders of data and traces.
 
         Raises:
             UsageError: no such profile or partition, or too few samples for so many clients.
         """
         self.settings = settings
-        self._samples = samples
+        self._samples, self._beside = samples, beside
         seed, kinds = settings.seed, profiles.profiles(settings.profiles)
         dealt = numpy_generator(seed, "simulated samples").permutation(len(samples.labels))
         dealt = np.sort(dealt[: settings.samples])
@@ -175,31 +147,27 @@ class Simulation:
         """One round; a selector that picks nobody gets everybody."""
         began = self._wait_for_somebody()
         here = [m for m in self.members if self.devices[m.client].available(began)]
-        view = self._view(number, here)
+        seen = dict(self._seen)
+        view = self._view(number, here, seen)
         chosen = sorted(m.client for m in selector.choose(view)) or [m.client for m in here]
         trained = self._training(number, chosen)
-        slowest = 0.0
-        kept, first = chosen, 0
+        probing, kept, done = 0.0, chosen, 0
         if selector.probes:
-            probes, slowest = self._probe(number, trained, began)
-            going = selector.keep(self._view(number, here), probes)
+            probes, probing = self._probe(number, trained, began)
+            going = selector.keep(self._view(number, here, seen), probes)
             kept = sorted(m.client for m in going if m.client in probes) or sorted(probes)
             for client in set(probes) - set(kept):
                 self._note(client, rejected=number)
-            first = 1
-        came, lost, latest = self._finish(number, trained, kept, first, began + slowest)
-        if came:
-            self._weights = trained.average(came, self.settings.epochs)
-        slowest += latest
-        self._clock.advance(slowest)
-        accuracy, measured = self._accuracies()
-        outcome = Outcome(
-            round=number,
-            accuracy=accuracy,
-            seconds=slowest,
-            bytes_up=sum(self.up_bytes[client] for client in came),
-            kept=tuple(came),
-            lost=tuple(lost),
+            done = 1
+            if self._beside is not None:
+                everybody = self._ends(sorted(probes), done, began + probing)
+                self._beside(self._outcome(number, trained, everybody, probing)[0])
+        ends = self._ends(kept, done, began + probing)
+        self._take_note(number, trained, ends, done)
+        outcome, self._weights = self._outcome(number, trained, ends, probing)
+        self._clock.advance(outcome.seconds)
+        measured = self._accuracy(
+            self._weights, self._samples.test_inputs, self._samples.test_labels
         )
         selector.learn(outcome)
         return Round(outcome, measured, tuple(chosen))
@@ -209,13 +177,9 @@ class Simulation:
         inputs, labels = self._samples.inputs, self._samples.labels
         return Local(self.settings, inputs, labels, self._shards, self._weights, number, chosen)
 
-    def _accuracies(self) -> tuple[float, float]:
-        """Of the global network, on the validation half and on the other one."""
-        weights, samples = self._weights, self._samples
-        return (
-            perceptrons.accuracy(weights, samples.val_inputs, samples.val_labels),
-            perceptrons.accuracy(weights, samples.test_inputs, samples.test_labels),
-        )
+    def _accuracy(self, weights: Weights, inputs: Floats, labels: Indices) -> float:
+        """Of a global network, on one of the halves."""
+        return perceptrons.accuracy(weights, inputs, labels)
 
     def _probe(
         self, number: int, trained: Training, began: float
@@ -235,35 +199,57 @@ class Simulation:
             slowest = max(slowest, whole)
         return probes, slowest
 
-    def _finish(
-        self, number: int, trained: Training, kept: Sequence[int], done: int, began: float
-    ) -> tuple[list[int], list[int], float]:
-        """Who came, who was lost, and how long the slowest took from the epochs ``done`` on."""
-        came, lost, slowest = [], [], 0.0
-        losses = trained.losses(self.settings.epochs, kept)
+    def _ends(self, kept: Sequence[int], done: int, at: float) -> dict[int, _End]:
+        """How the round ends for each of those that go on from the epochs ``done``."""
+        ends = {}
         for client in kept:
             each = self.devices[client]
-            down = 0.0 if done else each.down_seconds(self.down_bytes, began)
-            work = self._work(client, self.settings.epochs - done, began)
-            up = each.up_seconds(self.up_bytes[client], began)
+            down = 0.0 if done else each.down_seconds(self.down_bytes, at)
+            work = self._work(client, self.settings.epochs - done, at)
+            up = each.up_seconds(self.up_bytes[client], at)
             whole = down + work + up
-            if whole > self.timeout or not each.available(began + whole):
-                lost.append(client)
+            in_time = whole <= self.timeout and each.available(at + whole)
+            ends[client] = _End(work, up, whole, in_time)
+        return ends
+
+    def _outcome(
+        self, number: int, trained: Training, ends: Mapping[int, _End], probing: float
+    ) -> tuple[Outcome, Weights]:
+        """What the round comes to, and the network after it; who is lost costs the timeout."""
+        came = [client for client, end in ends.items() if end.came]
+        lost = [client for client, end in ends.items() if not end.came]
+        trained.losses(self.settings.epochs, list(ends))
+        weights = trained.average(came) if came else self._weights
+        slowest = self.timeout if lost else max((end.whole for end in ends.values()), default=0.0)
+        samples = self._samples
+        outcome = Outcome(
+            round=number,
+            accuracy=self._accuracy(weights, samples.val_inputs, samples.val_labels),
+            seconds=probing + slowest,
+            bytes_up=sum(self.up_bytes[client] for client in came),
+            kept=tuple(came),
+            lost=tuple(lost),
+        )
+        return outcome, weights
+
+    def _take_note(
+        self, number: int, trained: Training, ends: Mapping[int, _End], done: int
+    ) -> None:
+        """What the server sees of those that went on."""
+        losses = trained.losses(self.settings.epochs, list(ends))
+        for client, end in ends.items():
+            if not end.came:
                 self._note(client, missed=number)
-                slowest = self.timeout
                 continue
-            came.append(client)
-            slowest = max(slowest, whole)
             probing = self._seen[client].probe_seconds[-1] if done else 0.0
             self._note(
                 client,
                 rounds=number,
                 losses=losses[client],
-                seconds=probing + work,
-                transfer_seconds=up,
+                seconds=probing + end.work,
+                transfer_seconds=end.up,
                 bytes_up=self.up_bytes[client],
             )
-        return came, lost, slowest
 
     def _work(self, client: int, epochs: int, at: float) -> float:
         count = len(self._shards[client])
@@ -278,9 +264,9 @@ class Simulation:
             self._clock.advance(now - self._clock.now)
         return now
 
-    def _view(self, number: int, here: Sequence[Member]) -> View:
+    def _view(self, number: int, here: Sequence[Member], seen: Mapping[int, Seen]) -> View:
         generator = numpy_generator(self.settings.seed, "clients", round=number)
-        return View(number, here, dict(self._seen), generator, self.settings.rounds)
+        return View(number, here, seen, generator, self.settings.rounds)
 
     def _member(self, client: int) -> Member:
         count = len(self._shards[client])
@@ -310,5 +296,5 @@ class CostsOnly(Simulation):
     def _training(self, number: int, chosen: Sequence[int]) -> Training:
         return Untrained(self.settings.seed, number, chosen, self._weights)
 
-    def _accuracies(self) -> tuple[float, float]:
-        return 0.0, 0.0
+    def _accuracy(self, weights: Weights, inputs: Floats, labels: Indices) -> float:
+        return 0.0

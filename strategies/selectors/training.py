@@ -20,7 +20,8 @@ from strategies.selectors.fedmarl import FedMARL, Learning
 from strategies.selectors.fedmarl_settings import FedMARLSettings
 from strategies.selectors.policy import Policy, describe, load_policy, save_policy
 from strategies.selectors.reward import Units
-from strategies.selectors.simulator import CostsOnly, Simulation, code_digest, read_samples
+from strategies.selectors.samples import read_samples
+from strategies.selectors.simulator import CostsOnly, Simulation, code_digest
 
 # Federations that no policy is trained on, by which it is compared.
 HELD_OUT = 5
@@ -73,20 +74,20 @@ class FedMARLTrainer:
             FedkitError: the data set can't be read or the file not be written.
         """
         refuse_unknown(options, [FedMARLSettings])
+        simulator = code_digest()
         samples = read_samples(simulation.dataset, sources)
         policy = Policy.untrained(build(FedMARLSettings, options), objective, simulation.seed)
         costs = policy.settings.cost_episodes
         cheap = replace(simulation, seed=derive(simulation.seed, "costs alone"))
-        falling = (costs or episodes) * simulation.rounds // 2
-        learning = Learning(policy, seed=simulation.seed, falling=falling)
+        learning = Learning(policy, falling=(costs or episodes) * simulation.rounds // 2)
         for episode in range(costs + episodes):
             if episode == costs > 0:
                 # Rounds without accuracy would tell that it is worth nothing.
-                learning = Learning(policy, seed=simulation.seed)
+                learning = Learning(policy, falling=episodes * simulation.rounds // 2)
             federation = (
-                CostsOnly(varied(cheap, episode), samples)
+                CostsOnly(varied(cheap, episode), samples, learning.compare)
                 if episode < costs
-                else Simulation(varied(simulation, episode - costs), samples)
+                else Simulation(varied(simulation, episode - costs), samples, learning.compare)
             )
             learning.units = units = Units(*federation.full_round())
             rounds = federation.run(FedMARL(policy, learning))
@@ -97,7 +98,7 @@ class FedMARLTrainer:
         about = {
             "simulation": as_config(simulation),
             "episodes": episodes,
-            "simulator": code_digest(),
+            "simulator": simulator,
             "results": {
                 name: [asdict(result) for result in each] for name, each in results.items()
             },

@@ -15,7 +15,7 @@ from inprocess import InProcessFederation
 from fedkit.engine.driver import Driver
 from fedkit.errors import FedkitError
 from fedkit.settings import as_config
-from fedkit.simulation.grid import ClientFailed, SimulationGrid
+from fedkit.simulation.grid import SimulationGrid
 from fedkit.simulation.sharing import SMALL, bundle, discard, unbundle
 from fedkit.simulation.store import Store
 from fedkit.simulation.worker import Equipment
@@ -111,10 +111,11 @@ def test_replies_come_in_the_order_of_sending(tmp_path):
 
 def test_the_first_client_that_fails_ends_the_run_with_its_name_and_traceback(tmp_path):
     federation = InProcessFederation(**FEDAVG)
-    with simulation(tmp_path, federation) as grid:
-        with pytest.raises(ClientFailed, match=r"client 1 failed: .*KeyError") as failed:
-            ask(grid, [3], "train")  # without the config that it needs
-    assert "Traceback" in failed.value.trace and "fedavg.py" in failed.value.trace
+    told = pytest.raises(FedkitError, match=r"client 1 failed: .*KeyError")
+    with simulation(tmp_path, federation) as grid, told as failed:
+        ask(grid, [3], "train")  # without the config that it needs
+    (trace,) = failed.value.__notes__
+    assert "Traceback" in trace and "fedavg.py" in trace
 
 
 def test_a_worker_that_is_killed_ends_the_run(tmp_path):

@@ -83,11 +83,13 @@ def main() -> None:
         run,
         selector,
         server,
+        simulate,
         token,
     )
 
     for module in (
         run,
+        simulate,
         server,
         client,
         certs,

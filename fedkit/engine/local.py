@@ -106,14 +106,15 @@ def run_local(plan: Plan, listeners: list[Listener]) -> Result:
         children.append(_start_server(plan, directory))
         address = _wait_for_address(directory, children)
         # The server's own config.toml knows nothing of the clients; this one runs it all again.
-        write_whole(directory / "config.toml", [tomli_w.dumps(_runnable(plan)).encode()])
+        write_whole(directory / "config.toml", [tomli_w.dumps(runnable(plan)).encode()])
         for number, model in enumerate(models):
             children.append(_start_client(plan, directory, address, number, model))
         _follow(directory, children, listeners)
     return Result(directory, json.loads((directory / "summary.json").read_text()))
 
 
-def _runnable(plan: Plan) -> dict[str, Any]:
+def runnable(plan: Plan) -> dict[str, Any]:
+    """The settings with which the same is run again, elsewhere."""
     values = plan.values()
     for name in ("run-dir", "listen"):
         values.pop(name)

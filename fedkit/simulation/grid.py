@@ -33,14 +33,6 @@ AHEAD = 8
 ENDING_S = 5.0
 
 
-class ClientFailed(FedkitError):
-    """A client's own code failed; ``trace`` is its traceback."""
-
-    def __init__(self, sentence: str, trace: str) -> None:
-        super().__init__(sentence)
-        self.trace = trace
-
-
 @dataclass
 class _Worker:
     process: BaseProcess
@@ -84,7 +76,7 @@ class SimulationGrid(Grid):
         equipment: Equipment,
         workers: int,
         names: Callable[[int], str],
-        worked: Callable[[], None] = lambda: None,
+        worked: Callable[[str], None] = lambda kind: None,
     ) -> None:
         """Start the workers.
 
@@ -92,7 +84,7 @@ class SimulationGrid(Grid):
             equipment: what each is given.
             workers: how many.
             names: what a client is called in an error, by its index.
-            worked: called after each piece of work that is done.
+            worked: called after each piece of work that is done, with its message type.
         """
         self._first = equipment.first_node
         self._clients = range(len(equipment.nodes))
@@ -174,8 +166,8 @@ class SimulationGrid(Grid):
         """Replies in the order of sending, each as soon as it may; a simulation knows no deadline.
 
         Raises:
-            ClientFailed: a client's own code failed: the first that did ends the run.
-            FedkitError: a worker process died.
+            FedkitError: a client's own code failed (the first that does ends the run; its traceback is
+                in the notes), or a worker process died.
         """
         instructions = iter(messages)
         waiting: deque[_Job] = deque()
@@ -203,7 +195,7 @@ class SimulationGrid(Grid):
                 assert job is not None
                 done[job.key] = self._reply(job, came)
                 until = max(until, came.at)
-                self._worked()
+                self._worked(job.sent.metadata.message_type)
 
     def _job(self, message: Message) -> _Job:
         self._count += 1
@@ -259,7 +251,9 @@ class SimulationGrid(Grid):
         except (EOFError, ConnectionResetError):
             raise self._died(worker) from None
         if came.failed:
-            raise ClientFailed(f"{self._names(came.client)} failed: {came.failed}", came.trace)
+            failed = FedkitError(f"{self._names(came.client)} failed: {came.failed}")
+            failed.add_note(came.trace)  # shown with --debug
+            raise failed
         return came
 
     def _reply(self, job: _Job, came: Done) -> Message:
@@ -271,7 +265,7 @@ class SimulationGrid(Grid):
         discard(came.arrays)
         reply = decode_message([came.head, *blobs])
         if reply.has_error():
-            raise ClientFailed(f"{self._names(job.client)} failed: {reply.error.reason}", "")
+            raise FedkitError(f"{self._names(job.client)} failed: {reply.error.reason}")
         return Message(reply.content, reply_to=job.sent)
 
     def _died(self, worker: _Worker) -> FedkitError:

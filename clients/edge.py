@@ -161,10 +161,7 @@ def _build(context: Context) -> Edge:
         data=data,
         private=ClientData(shard.train.to(device), shard.val.to(device), shard.test.to(device)),
         public=data.public.to(device),
-        # Of a device's own data the test part is its own; nobody else can be compared on it.
-        global_test=(shard.test.take(torch.arange(0)) if data.own else data.dataset.test.all()).to(
-            device
-        ),
+        global_test=data.common_test.to(device),
         outputs=data.outputs,
     )
     # Left there by the client's app, if it has a way of fitting a network to this device.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from pathlib import Path
 
 from flwr.app import ArrayRecord, Context, Message
@@ -12,7 +13,7 @@ from fedkit.data.agreement import Agreement, read_agreement
 from fedkit.data.datasets import open_dataset
 from fedkit.data.names import OWN, public_parts
 from fedkit.data.public import PublicSet
-from fedkit.data.splits import FederatedData, cut, own_data, public_set
+from fedkit.data.splits import FederatedData, cut, cut_once, own_data, public_set
 from fedkit.errors import FedkitError
 from fedkit.registry import split
 from fedkit.settings import DataSettings, FederationSettings, build
@@ -63,7 +64,7 @@ def federated_data(
                 "This server does not tell its classes: own data can't be used in it."
             )
         dataset = open_dataset(own, sources, agreement.form)
-        public = _public_set(context, settings, sources, agreement)
+        public = _public_set(_cache(context), settings, sources, agreement)
         return own_data(settings, dataset, agreement, public)
     if split(settings.dataset)[0] == OWN:
         raise FedkitError(
@@ -71,15 +72,23 @@ def federated_data(
             "folder:PATH, instead of --data-shard."
         )
     if agreement is None or public_parts(settings)[0] == settings.dataset:
-        return cut(settings, sources)
-    return cut(settings, sources, _public_set(context, settings, sources, agreement))
+        return cut_once(settings, sources)
+    return _cut_with_public(_cache(context), settings, sources, agreement)
+
+
+@lru_cache(maxsize=2)
+def _cut_with_public(
+    cache: Path, settings: FederationSettings, sources: DataSettings, agreement: Agreement
+) -> FederatedData:
+    # Simulated clients share a process, and then this.
+    return cut(settings, sources, _public_set(cache, settings, sources, agreement))
 
 
 def _public_set(
-    context: Context, settings: FederationSettings, sources: DataSettings, agreement: Agreement
+    cache: Path, settings: FederationSettings, sources: DataSettings, agreement: Agreement
 ) -> PublicSet:
     name, _ = public_parts(settings)
-    kept = public_sets.kept(name, _cache(context), agreement, labels=settings.public_labels)
+    kept = public_sets.kept(name, cache, agreement, labels=settings.public_labels)
     if kept is not None:
         return kept
     try:

@@ -11,7 +11,7 @@ import math
 import os
 import struct
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 
@@ -74,6 +74,13 @@ def encode_content(content: RecordDict) -> Buffers:
     """The part of a message's buffers that does not hang on who gets it: made once for a broadcast."""
     skeleton, blobs = _strip(content)
     return [ProtoMessage(content=recorddict_to_proto(skeleton)).SerializeToString(), *blobs]
+
+
+def parts_of(content: RecordDict) -> dict[str, Any]:
+    """What tells whether a content is still what it was: a strategy may edit what it sends to many."""
+    return {
+        name: (dict(record), list(map(type, record.values()))) for name, record in content.items()
+    }
 
 
 def encode_envelope(message: Message) -> bytes:

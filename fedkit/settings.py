@@ -244,7 +244,7 @@ class RunSettings:
     widths: str = setting(
         "",
         "the share of the model's channels that each client trains (`fedkit client --width`), as in "
-        "1,0.5,0.25 or auto, cycled over clients; with heterofl or depthfl (default: what heterofl deals out)",
+        "1,0.5,0.25 or auto, cycled over clients; with heterofl or depthfl (default: heterofl deals them)",
         unit="widths",
     )
     depths: str = setting(

@@ -17,7 +17,8 @@ from fedkit.engine.driver import Driver
 from fedkit.engine.events import Event
 from fedkit.engine.facts import ServerView
 from fedkit.engine.history import History
-from fedkit.engine.plan import client_depths, client_models, make_plan
+from fedkit.engine.local_clients import local_clients
+from fedkit.engine.plan import make_plan
 from fedkit.flower import (
     decode_message,
     encode_message,
@@ -120,10 +121,6 @@ class RepeatingGrid(InProcessGrid):
         return Message(known.content, reply_to=sent) if known.has_content() else known
 
 
-def cycled(texts: str, client: int) -> str:
-    return texts.split(",")[client % len(texts.split(","))].strip()
-
-
 class InProcessFederation:
     """A federation as `fedkit run` would make it, without processes."""
 
@@ -142,21 +139,12 @@ class InProcessFederation:
         self.strategy = self.plan.strategy(self.plan.hyper, self.view.facts(), self.emit)
         app = load("clients", split(self.plan.federation.strategy)[0])
         apps = {}
-        told = zip(client_models(self.plan), client_depths(self.plan), strict=True)
-        for client, (model, depth) in enumerate(told):
-            config = {
-                "partition-id": client,
-                "num-partitions": self.plan.federation.num_shards,
-                "model": model,
-                "width": cycled(self.plan.local.widths, client),
-                "depth": depth,
-                "device": "cpu",
-                "public-sets": str(Path(gettempdir()) / "fedkit-test-public-sets"),
-                "data-root": self.plan.data.data_root,
-                "allow-checksum-mismatch": self.plan.data.allow_checksum_mismatch,
-                "time-budget": cycled(self.plan.local.time_budgets or "0", client),
-                "corrupt": cycled(self.plan.local.corrupt, client).replace("none", ""),
-            }
+        public_sets = Path(gettempdir()) / "fedkit-test-public-sets"
+        for one in local_clients(self.plan):
+            client, config = (
+                one.number,
+                {**one.node_config(self.plan, public_sets), "device": "cpu"},
+            )
             context = new_context(client + 2, config)
             context.run_config = as_config(self.plan.federation)
             apps[client + 2] = (app, context)

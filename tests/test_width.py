@@ -17,7 +17,8 @@ from clients import fitting
 from clients.edge import edge_of, memory_needed
 from fedkit.cli import export as export_command
 from fedkit.data.splits import cut
-from fedkit.engine.plan import client_widths, make_plan
+from fedkit.engine.local_clients import local_clients
+from fedkit.engine.plan import make_plan
 from fedkit.engine.saved import models_of
 from fedkit.errors import FedkitError, UsageError
 from fedkit.models.budget import read_width
@@ -149,7 +150,7 @@ def test_a_part_of_a_network_is_refused_where_all_train_the_whole(option):
 
 def test_local_widths_go_round_the_clients_and_with_heterofl_alone():
     plan = make_plan({**SMALL, "clients": 3, "widths": "1,0.25"}, local=True)
-    assert client_widths(plan) == ["1", "0.25", "1"]
+    assert [one.width for one in local_clients(plan)] == ["1", "0.25", "1"]
     with pytest.raises(UsageError, match="widths go with"):
         make_plan({"strategy": "fedavg", "widths": "1,0.25"}, local=True)
     with pytest.raises(

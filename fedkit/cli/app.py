@@ -84,11 +84,13 @@ def main() -> None:
         run,
         selector,
         server,
+        simulate,
         token,
     )
 
     for module in (
         run,
+        simulate,
         server,
         client,
         certs,

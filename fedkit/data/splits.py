@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
@@ -76,6 +76,12 @@ class FederatedData:
     def public(self) -> Samples:
         """The public set's samples; labels count the networks' outputs."""
         return self.public_set.samples
+
+    @cached_property
+    def common_test(self) -> Samples:
+        """The common test set, decoded; of a device's own data there is none to compare others on."""
+        test = self.dataset.test
+        return test.take(torch.arange(0)) if self.own else test.all()
 
     @cached_property
     def public_digest(self) -> str:
@@ -180,6 +186,12 @@ def cut(
     if settings.public_labels and name != settings.dataset:
         return FederatedData(settings, *_numbered(dataset, public), dealt)
     return FederatedData(settings, dataset, dataset.classes, public, dealt)
+
+
+@lru_cache(maxsize=2)
+def cut_once(settings: FederationSettings, sources: DataSettings) -> FederatedData:
+    """``cut``, kept: server and simulated clients of one process need no data of their own each."""
+    return cut(settings, sources)
 
 
 def public_set(settings: FederationSettings, lent: DataSet) -> PublicSet:

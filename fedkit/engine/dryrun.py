@@ -8,7 +8,8 @@ import torch
 from rich.table import Table
 
 from fedkit.data.splits import cut
-from fedkit.engine.plan import Plan, client_depths, client_models, client_widths
+from fedkit.engine.local_clients import local_clients
+from fedkit.engine.plan import Plan
 from fedkit.engine.strategy import Sizes
 from fedkit.models.build import build_model, parameter_count, state_bytes
 from fedkit.models.narrow import at_width
@@ -26,11 +27,11 @@ def dry_run(plan: Plan) -> dict[str, Any]:
     spec = plan.strategy.network(settings.model)
     global_model = build_model(spec, data.shape, data.outputs, settings.seed)
     rows, global_bytes = [], state_bytes(global_model)
-    told = zip(client_models(plan), client_widths(plan), client_depths(plan), strict=True)
-    for client, (model_name, width, depth) in enumerate(told):
+    for one in local_clients(plan):
+        client = one.number
         # How wide or deep auto is, only the device can tell.
-        name = plan.strategy.network(model_name, int(depth) if depth.isdecimal() else None)
-        name = at_width(name, float(width)) if width not in ("", "auto") else name
+        name = plan.strategy.network(one.model, int(one.depth) if one.depth.isdecimal() else None)
+        name = at_width(name, float(one.width)) if one.width not in ("", "auto") else name
         model = build_model(name, data.shape, data.outputs, settings.seed, client)
         model_bytes = state_bytes(model)
         codec = settings.codec.split(",")[0].strip()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -16,7 +17,7 @@ from fedkit.data.augment import augmentation
 from fedkit.data.names import OWN
 from fedkit.data.samples import Samples
 from fedkit.data.skew import class_counts
-from fedkit.data.splits import cut
+from fedkit.data.splits import cut_once
 from fedkit.durable import make_folder
 from fedkit.engine.plan import Plan
 from fedkit.engine.roster import NothingToSend
@@ -70,7 +71,8 @@ class ServerView:
             "steps": int(getattr(plan.hyper, "local_steps", 0)),
         }
         self._levels = str(getattr(plan.hyper, "levels", "1"))
-        self.data = cut(plan.federation, plan.data)
+        sources = replace(plan.data, allow="")  # as its clients name them
+        self.data = cut_once(plan.federation, sources)
         # Told here, and not by every client that joins.
         augmentation(plan.federation.augment, self.data.shape)
 
@@ -170,16 +172,12 @@ class ServerView:
         arrays = self.data.public_set.arrays(labels=self._settings.public_labels)
         return ArrayRecord({name: Array(one) for name, one in arrays.items()})
 
-    @cached_property
-    def _test(self) -> Samples:
-        return self.data.dataset.test.all()
-
     def measure(self, models: ServerModels, also: Also = _nothing) -> MetricRecord | None:
         """Accuracy and loss of the server's networks on the common test set.
 
         ``also`` measures what a strategy wants to know beside: ``FederatedStrategy.measured``.
         """
-        test, metrics = self._test, MetricRecord()
+        test, metrics = self.data.common_test, MetricRecord()
         if not len(test):  # every client brings its own data
             return None
         for label, (spec, arrays) in models.items():

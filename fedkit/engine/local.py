@@ -19,7 +19,8 @@ import tomli_w
 
 from fedkit.durable import make_folder, write_whole
 from fedkit.engine.events import Event
-from fedkit.engine.plan import Plan, client_models, make_plan, named_here
+from fedkit.engine.local_clients import LocalClient, local_clients
+from fedkit.engine.plan import Plan, make_plan, named_here
 from fedkit.errors import FedkitError, UsageError, error_of
 from fedkit.rundir import default_path, read_events
 from fedkit.settings import FederationSettings, as_config
@@ -100,20 +101,21 @@ def run_local(plan: Plan, listeners: list[Listener]) -> Result:
     directory = Path(plan.server.run_dir or default_path(plan.federation.strategy))
     if (directory / "metrics.jsonl").exists():
         raise UsageError(f"{directory} holds a run already: choose another --run-dir.")
-    models = client_models(plan)
+    clients = local_clients(plan)
     make_folder(directory / "logs")
     with _children() as children:
         children.append(_start_server(plan, directory))
         address = _wait_for_address(directory, children)
         # The server's own config.toml knows nothing of the clients; this one runs it all again.
-        write_whole(directory / "config.toml", [tomli_w.dumps(_runnable(plan)).encode()])
-        for number, model in enumerate(models):
-            children.append(_start_client(plan, directory, address, number, model))
+        write_whole(directory / "config.toml", [tomli_w.dumps(runnable(plan)).encode()])
+        for one in clients:
+            children.append(_start_client(plan, directory, address, one))
         _follow(directory, children, listeners)
     return Result(directory, json.loads((directory / "summary.json").read_text()))
 
 
-def _runnable(plan: Plan) -> dict[str, Any]:
+def runnable(plan: Plan) -> dict[str, Any]:
+    """The settings with which the same is run again, elsewhere."""
     values = plan.values()
     for name in ("run-dir", "listen"):
         values.pop(name)
@@ -154,36 +156,33 @@ def _start_server(plan: Plan, directory: Path) -> _Child:
     return _start("the server", directory / "logs" / "server.log", arguments, plan.federation)
 
 
-def _start_client(plan: Plan, directory: Path, address: str, number: int, model: str) -> _Child:
+def _start_client(plan: Plan, directory: Path, address: str, one: LocalClient) -> _Child:
     assert plan.local is not None
     arguments = [
         "client",
-        *("--model", model),
-        *("--data-shard", str(number)),
+        *("--model", one.model),
+        *("--data-shard", str(one.number)),
         *("--server", address),
         *("--device", plan.local.device),
-        *("--state-dir", str(directory / "clients" / f"client-{number}")),
+        *("--state-dir", str(directory / "clients" / f"client-{one.number}")),
     ]
-    if plan.local.emulate:
-        kinds = [spec.strip() for spec in plan.local.emulate.split(",")]
-        arguments += ["--emulate", kinds[number % len(kinds)]]
-    for option, texts in (
-        ("--width", plan.local.widths),
-        ("--depth", plan.local.depths),
-        ("--time-budget", plan.local.time_budgets),
-        ("--corrupt", plan.local.corrupt),
+    for option, value in (
+        ("--width", one.width),
+        ("--depth", one.depth),
+        ("--time-budget", one.time_budget),
+        ("--corrupt", one.corrupt),
+        ("--emulate", one.emulate),
     ):
-        if texts:
-            values = [text.strip() for text in texts.split(",")]
-            arguments += [option, values[number % len(values)]]
+        if value:
+            arguments += [option, value]
     if plan.data.data_root:
         arguments += ["--data-root", plan.data.data_root]
     if named := named_here(plan):
         arguments += ["--allow", named]
     if plan.data.allow_checksum_mismatch:
         arguments += ["--allow-checksum-mismatch"]
-    log = directory / "logs" / f"client-{number}.log"
-    return _start(f"client {number} ({model})", log, arguments, plan.federation)
+    log = directory / "logs" / f"client-{one.number}.log"
+    return _start(f"client {one.number} ({one.model})", log, arguments, plan.federation)
 
 
 def _start(name: str, log: Path, arguments: list[str], settings: FederationSettings) -> _Child:

@@ -107,7 +107,7 @@ class Membership:
             state.commit(key, reply, context.state, round)
             return Answer(reply)
         except Exception as error:  # whatever the app raised, the server hears of it first
-            fatal = _explain(error)
+            fatal = explain(error)
             try:
                 message = message or decode_message(buffers)
             except ValueError:
@@ -155,7 +155,8 @@ class Membership:
         self._context = context
 
 
-def _explain(error: Exception) -> FedkitError:
+def explain(error: Exception) -> FedkitError:
+    """The sentence for whatever a client's own code raised."""
     if isinstance(error, FedkitError):
         return error
     _log.debug("The client's own code failed.", exc_info=error)

@@ -159,23 +159,6 @@ def client_models(plan: Plan) -> list[str]:
     return [models[at % len(models)] for at in range(plan.local.clients)]
 
 
-def client_depths(plan: Plan) -> list[str]:
-    """What each local client is told of its depth, in client order; "" where nothing is."""
-    assert plan.local is not None
-    return _cycled(plan.local.depths, plan.local.clients)
-
-
-def client_widths(plan: Plan) -> list[str]:
-    """What each local client is told of its width, in client order; "" where nothing is."""
-    assert plan.local is not None
-    return _cycled(plan.local.widths, plan.local.clients)
-
-
-def _cycled(text: str, many: int) -> list[str]:
-    words = [word.strip() for word in text.split(",")]
-    return [words[at % len(words)] for at in range(many)]
-
-
 def _model_names(text: str) -> list[str]:
     models: list[str] = []
     for piece in filter(None, (piece.strip() for piece in text.split(","))):

@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedkit import __version__
-from fedkit.engine.events import APART_TYPES, REWIND, Event, Listener
-from fedkit.engine.history import ALL_DONE, History
-from fedkit.engine.known import Known as Rounds
+from fedkit.engine.events import APART_TYPES, Event, Listener
 from fedkit.engine.lobby import Lobby
 from fedkit.engine.metrics import Metrics, metrics_address
 from fedkit.engine.nodes import Known, NodeFile, read_nodes
 from fedkit.engine.plan import Plan
+from fedkit.engine.running import Carried, Run
 from fedkit.errors import FedkitError
 from fedkit.link.doctor import doctor_handler
 from fedkit.link.frames import PROTOCOL
@@ -28,10 +27,11 @@ from fedkit.security.tokens import TokenStore
 from fedkit.settings import as_config
 
 if TYPE_CHECKING:
-    from flwr.app import ArrayRecord, ConfigRecord
+    from flwr.app import ConfigRecord
+    from flwr.serverapp import Grid
 
-    from fedkit.engine.checkpoint import Checkpoint
-    from fedkit.engine.driver import Driver
+    from fedkit.engine.checkpoint import Progress
+    from fedkit.engine.facts import ServerView
 
 _log = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ def serve(
         rundir.write_text("address", address)
         door.link.spool_in(rundir.path)
         _log.info("Listening on %s, writing to %s.", address, rundir.path)
-        run = _Run(plan, door, lobby, known, rundir, address, listeners)
+        run = _LinkRun(plan, door, lobby, known, rundir, address, listeners)
         summary = run.to_the_end(resume=resume)
         goodbye, ok = f"The run is over: {summary['stop_reason']}.", True
     except FedkitError as error:
@@ -123,8 +123,10 @@ class _Door:
         }
 
 
-class _Run:
-    """One run of a server, from loading to the summary."""
+class _LinkRun(Run):
+    """A run over the gRPC link, from loading to the summary."""
+
+    engine = "grpc"
 
     def __init__(
         self,
@@ -136,166 +138,49 @@ class _Run:
         address: str,
         listeners: Sequence[Listener],
     ) -> None:
-        self._plan = plan
+        super().__init__(plan, rundir, listeners)
         self._door = door
         self._link = door.link
         self._lobby = lobby
-        self._driver: Driver | None = None
         self._federation = known.federation
         self._nodes = NodeFile(rundir.path, known.federation)
         self._nodes.keep(known.nodes, known.shards)
-        self._rundir = rundir
-        self._rounds = Rounds(plan.federation)
-        self._history = History(self._rounds.seen)
-        self._metrics = Metrics(plan.federation)
-        self._listeners = [
-            rundir.record,
-            self._rounds.take,
-            self._history.take,
-            self._metrics.take,
-            *listeners,
-        ]
-        self._started = time.monotonic()
-        # Of the processes before this one.
-        self._seconds, self._sent_up, self._sent_down = 0.0, 0, 0
-        self._address = address
+        # By the processes before this one.
+        self._sent = Carried(0, 0)
+        self.address = address
 
-    def to_the_end(self, *, resume: bool) -> dict[str, Any]:
-        """All rounds, then the summary; on the way out of an error the summary says which."""
-        status, reason = "failed", "the server's own code failed"
-        try:
-            where = metrics_address(self._plan.server.metrics_port)
-            if where is not None:
-                self._metrics.watch(self._link)
-                _log.info("Metrics at %s.", self._metrics.serve(*where))
-            reason = self._run_all(resume) or ALL_DONE
-            status = "completed"
-        except KeyboardInterrupt:
-            status, reason = "stopped", "it was asked to stop"
-            raise
-        except FedkitError as error:
-            reason = str(error)
-            raise
-        finally:
-            summary = self._history.summary(
-                self._plan.federation,
-                self._plan.hyper.preset,
-                self._driver.roster.members.values() if self._driver else (),
-                status=status,
-                stop_reason=reason,
-                engine="grpc",
-                seconds=self._elapsed(),
-                sent_up=self._sent_up + _training(self._link.bytes_received),
-                sent_down=self._sent_down + _training(self._link.bytes_sent),
-            )
-            try:
-                self._rundir.write("summary.json", summary)
-                self._emit(Event("stop", name=status, value=reason))
-            finally:
-                self._rundir.close()
-                self._metrics.close()
-        return summary
-
-    def _run_all(self, resume: bool) -> str | None:
-        """Run it; gives the rule that ended it before its last round, if one did."""
-        from fedkit.engine.checkpoint import Checkpoints
-        from fedkit.engine.driver import Driver
-        from fedkit.engine.facts import ServerView
-        from fedkit.engine.resume import last_good
-        from fedkit.flower import take_identity
+    def grid(self, view: ServerView) -> Grid:
+        """The link, with the federation's keys."""
         from fedkit.link.grid import LinkGrid
 
-        rounds, checkpoint = self._rounds, None
-        if resume:
-            checkpoint = last_good(self._rundir.path, self._history, rounds.take)
-        self._emit(Event("listen", name=self._address))
-        take_identity()
-        view = ServerView(self._plan)
         self._door.public_digest = view.data.public_digest
-        self._rundir.write("partition.json", view.partition())
-        strategy = self._plan.strategy(self._plan.hyper, view.facts(), self._emit)
-        checkpoints = Checkpoints(self._rundir.path, self._plan.server.keep_checkpoints)
-        arrays, first_round, done = strategy.initial_arrays(), 1, 0
+        return LinkGrid(self._link, self._federation)
 
-        def round_over(server_round: int, new: ArrayRecord) -> None:
-            nonlocal arrays, done
-            arrays, done = new, server_round
-            self._rundir.sync()
-            selector = driver.chooser.remembered(server_round)
-            checkpoints.save(self._progress(server_round), strategy.state, new, selector)
+    def why_not(self, node_id: int, facts: ConfigRecord) -> str | None:
+        """Whether it is the client that it was let in as."""
+        return self._lobby.why_not(node_id, facts["client"])
 
-        def why_not(node_id: int, facts: ConfigRecord) -> str | None:
-            strange = self._lobby.why_not(node_id, facts["client"])
-            return strange or view.why_not(facts) or strategy.why_not(facts)
+    def carried(self) -> Carried:
+        """What the link has carried for training."""
+        up, down = _training(self._link.bytes_received), _training(self._link.bytes_sent)
+        return Carried(self._sent.up + up, self._sent.down + down)
 
-        self._driver = driver = Driver(
-            strategy,
-            LinkGrid(self._link, self._federation),
-            self._plan.federation,
-            self._emit,
-            check=why_not,
-            offer=view.offer,
-            evaluate_fn=lambda round, arrays: view.measure(
-                strategy.server_models(arrays), strategy.measured
-            ),
-            round_over=round_over,
-            known=rounds,
-            elapsed=self._elapsed,
-        )
-        if checkpoint is not None:
-            arrays, done = checkpoint.arrays, checkpoint.progress.round
-            first_round = done + 1
-            if strategy.state is not None:
-                strategy.state = checkpoint.strategy_state(type(strategy.state))
-            driver.chooser.recall(checkpoint)
-            self._go_on(checkpoint)
-        if resume:
-            self._emit(Event(REWIND, first_round, name=f"the run goes on with round {first_round}"))
-        self._emit(Event("start", name=self._plan.federation.strategy))
-        try:
-            back = self._awaited(checkpoint) if checkpoint is not None else set()
-            arrays = driver.run(arrays, first_round, back).arrays
-        finally:
-            strategy.close()
-            view.save(strategy.server_models(arrays), self._rundir.path / "models", done)
-        return driver.stop_reason
-
-    def _awaited(self, checkpoint: Checkpoint) -> set[int]:
+    def go_on(self, progress: Progress) -> set[int]:
         """Who was there at the checkpoint, and who has come since; not who had gone before."""
-        progress = checkpoint.progress
+        self._sent = Carried(progress.sent_up, progress.sent_down)
         known = {member.node_id for member in progress.members}
         return set(progress.present) | (set(self._lobby.shards().values()) - known)
 
-    def _go_on(self, checkpoint: Checkpoint) -> None:
-        assert self._driver is not None
-        progress = checkpoint.progress
-        self._driver.roster.members = {member.node_id: member for member in progress.members}
-        self._seconds = progress.seconds
-        self._sent_up, self._sent_down = progress.sent_up, progress.sent_down
+    def watch(self, metrics: Metrics) -> None:
+        """Serve the link's own figures, too."""
+        metrics.watch(self._link)
 
-    def _progress(self, server_round: int) -> Any:
-        from fedkit.engine.checkpoint import Progress
-
-        assert self._driver is not None
-        return Progress(
-            round=server_round,
-            digest=self._history.digest(until=server_round),
-            seconds=self._elapsed(),
-            sent_up=self._sent_up + _training(self._link.bytes_received),
-            sent_down=self._sent_down + _training(self._link.bytes_sent),
-            members=tuple(self._driver.roster.members.values()),
-            present=tuple(member.node_id for member in self._driver.roster.connected()),
-        )
-
-    def _elapsed(self) -> float:
-        return self._seconds + time.monotonic() - self._started
-
-    def _emit(self, event: Event) -> None:
+    def emit(self, event: Event) -> None:
+        """Tell everybody, and write down first who is about to be given work."""
         if event.event == "round_start":
-            # Before any of them is given work: a server that is restarted must know them again.
+            # A server that is restarted must know them again.
             self._nodes.keep(self._link.nodes(), self._lobby.shards())
-        for listener in self._listeners:
-            listener(event)
+        super().emit(event)
 
 
 def _training(carried: Mapping[str, int]) -> int:

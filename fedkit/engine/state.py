@@ -149,7 +149,7 @@ class FederationState:
         """Put what was kept back into a context's state."""
         for name in self._files:
             state[name] = self.record(name)
-            self._kept[name] = _mark(state, name)
+            self._kept[name] = mark(state, name)
 
     def record(self, name: str) -> Any:
         """One record as it was kept; ``FedkitError`` if its file is damaged."""
@@ -189,7 +189,7 @@ class FederationState:
 
         from fedkit.flower import as_file, encode_records
 
-        marks = {name: _mark(state, name) for name in state}
+        marks = {name: mark(state, name) for name in state}
         changed = [name for name in state if self._kept.get(name) != marks[name]]
         if not round and not changed and marks.keys() == self._files.keys():
             return
@@ -283,7 +283,7 @@ class _Identity:
     __hash__ = None  # type: ignore[assignment]
 
 
-def _mark(state: RecordDict, name: str) -> Any:
+def mark(state: RecordDict, name: str) -> Any:
     """What tells whether a record has changed: arrays are replaced, small records edited."""
     record = state[name]
     if name in state.array_records:

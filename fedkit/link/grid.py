@@ -20,6 +20,7 @@ from fedkit.flower import (
     encode_content,
     encode_envelope,
     error_reply,
+    parts_of,
     set_message_id,
     unavailable_reply,
 )
@@ -152,11 +153,7 @@ class LinkGrid(Grid):
 
     def _encode(self, content: RecordDict) -> tuple[bytes, Parcel]:
         """Description and arrays, made and summed once where several clients get the same."""
-        # A strategy may send one content to all, and may edit it between two rounds or clients.
-        values = {
-            name: (dict(record), list(map(type, record.values())))
-            for name, record in content.items()
-        }
+        values = parts_of(content)
         known = self._encoded.pop(id(content), None)
         if known is None or known.values != values:
             description, *arrays = encode_content(content)

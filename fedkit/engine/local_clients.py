@@ -1,0 +1,66 @@
+"""The clients of a run on one machine: what each is told of itself, one after the other in turn."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedkit.data.corruption import NONE
+from fedkit.engine.plan import Plan, client_models
+from fedkit.settings import Value
+
+
+@dataclass(frozen=True)
+class LocalClient:
+    """One of them; texts are what `fedkit client` takes, empty where nothing is said.
+
+    Attributes:
+        number: which one, counted from 0; its shard.
+        model: its architecture.
+        width, depth: which part of the network it trains.
+        time_budget: seconds.
+        corrupt: what its sensor suffers from.
+        emulate: the kind of device that it behaves like.
+    """
+
+    number: int
+    model: str
+    width: str
+    depth: str
+    time_budget: str
+    corrupt: str
+    emulate: str
+
+    def node_config(self, plan: Plan, public_sets: Path) -> dict[str, Value]:
+        """What a client that is no process of its own is told, as Flower's context holds it.
+
+        Args:
+            plan: the run's.
+            public_sets: a folder for public sets that servers send.
+        """
+        assert plan.local is not None
+        return {
+            "partition-id": self.number,
+            "num-partitions": plan.federation.num_shards,
+            "model": self.model,
+            "device": plan.local.device,
+            "width": self.width,
+            "depth": self.depth,
+            "time-budget": float(self.time_budget or 0),
+            "corrupt": "" if self.corrupt == NONE else self.corrupt,
+            "public-sets": str(public_sets),
+            "data-root": plan.data.data_root,
+            "allow-checksum-mismatch": plan.data.allow_checksum_mismatch,
+        }
+
+
+def local_clients(plan: Plan) -> list[LocalClient]:
+    """The clients of a local plan, in order."""
+    local = plan.local
+    assert local is not None
+    texts = (local.widths, local.depths, local.time_budgets, local.corrupt, local.emulate)
+    told = [[word.strip() for word in text.split(",")] for text in texts]
+    return [
+        LocalClient(number, model, *(words[number % len(words)] for words in told))
+        for number, model in enumerate(client_models(plan))
+    ]

@@ -1,0 +1,1 @@
+"""Federations without a network: clients in worker processes that share arrays."""

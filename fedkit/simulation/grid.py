@@ -1,0 +1,280 @@
+"""Flower's ``Grid`` over worker processes: an instruction goes to whichever is free."""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+from flwr.app import Message, RecordDict
+from flwr.serverapp import Grid
+from flwr.supercore.run import Run
+
+from fedkit.errors import FedkitError
+from fedkit.flower import (
+    decode_message,
+    encode_content,
+    encode_envelope,
+    parts_of,
+    set_message_id,
+)
+from fedkit.simulation.sharing import Bundle, bundle, discard, unbundle
+from fedkit.simulation.worker import Done, Equipment, Task, work
+
+# How far ahead of the workers instructions are made, so that a client finds the worker that holds it.
+AHEAD = 8
+ENDING_S = 5.0
+
+
+@dataclass
+class _Worker:
+    process: BaseProcess
+    pipe: Connection
+    at_work: _Job | None = None
+
+
+@dataclass
+class _Job:
+    key: str
+    client: int
+    sent: Message
+    head: bytes
+    content: _Shared
+
+
+@dataclass
+class _Shared:
+    """A content that waits for clients; its file goes when the last of them has answered."""
+
+    content: RecordDict
+    parts: dict[str, Any]
+    description: bytes
+    arrays: Bundle
+    users: int = 0
+
+
+@dataclass
+class _Clients:
+    """Who holds which client's live objects, and how often each was at work."""
+
+    holder: dict[int, int] = field(default_factory=dict)
+    version: dict[int, int] = field(default_factory=dict)
+
+
+class SimulationGrid(Grid):
+    """Clients without a network; a client's numbers do not hang on who works for it, nor on when."""
+
+    def __init__(
+        self,
+        equipment: Equipment,
+        workers: int,
+        names: Callable[[int], str],
+        worked: Callable[[str], None] = lambda kind: None,
+    ) -> None:
+        """Start the workers.
+
+        Args:
+            equipment: what each is given.
+            workers: how many.
+            names: what a client is called in an error, by its index.
+            worked: called after each piece of work that is done, with its message type.
+        """
+        self._first = equipment.first_node
+        self._clients = range(len(equipment.nodes))
+        self._shared = equipment.shared
+        self._names = names
+        self._worked = worked
+        self._count = 0
+        # The simulated time, in seconds: of emulated devices; else it stands still.
+        self.now = 0.0
+        self._kept: dict[str, Message] = {}
+        self._last: _Shared | None = None
+        self._known = _Clients()
+        self._workers: list[_Worker] = []
+        # A forked process has everything that is imported and loaded here already. torch's own threads,
+        # which it would not have, are waited for there for ever.
+        fork = sys.platform == "linux" and int(equipment.run_config["threads"]) == 1
+        context: Any = multiprocessing.get_context("fork" if fork else "spawn")
+        try:
+            for _ in range(workers):
+                ours, theirs = context.Pipe()
+                process = context.Process(target=work, args=(theirs, equipment), daemon=True)
+                process.start()
+                theirs.close()
+                self._workers.append(_Worker(process, ours))
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """End the workers."""
+        for worker in self._workers:
+            worker.pipe.close()
+            worker.process.terminate()
+        deadline = time.monotonic() + ENDING_S
+        for worker in self._workers:
+            worker.process.join(max(0.0, deadline - time.monotonic()))
+            if worker.process.is_alive():
+                worker.process.kill()
+                worker.process.join()
+        self._workers = []
+
+    @property
+    def run(self) -> Run:
+        """Flower's description of a run; fedkit's own lies in the run directory."""
+        return Run.create_empty(run_id=1)
+
+    def set_run(self, run: Run) -> None:
+        """A grid serves one run; there is nothing to set."""
+
+    def create_message(
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
+    ) -> Message:
+        """A new message; the same as calling ``Message`` itself."""
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+    def get_node_ids(self) -> Iterable[int]:
+        """All clients."""
+        return range(self._first, self._first + len(self._clients))
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Do what the messages say, now; gives their keys."""
+        replies = list(self.send_and_receive(messages))
+        keys = [reply.metadata.reply_to_message_id for reply in replies]
+        self._kept.update(zip(keys, replies, strict=True))
+        return keys
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """The replies to some keys, each once."""
+        return [self._kept.pop(key) for key in message_ids if key in self._kept]
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterator[Message]:
+        """Replies in the order of sending, each as soon as it may; a simulation knows no deadline.
+
+        Raises:
+            FedkitError: a client's own code failed (the first that does ends the run; its traceback is
+                in the notes), or a worker process died.
+        """
+        instructions = iter(messages)
+        waiting: deque[_Job] = deque()
+        order: deque[str] = deque()
+        done: dict[str, Message] = {}
+        more, until = True, self.now
+        while True:
+            while more and len(waiting) < AHEAD * len(self._workers):
+                message = next(instructions, None)
+                if message is None:
+                    more = False
+                    break
+                waiting.append(self._job(message))
+                order.append(waiting[-1].key)
+            for number, worker in enumerate(self._workers):
+                if worker.at_work is None and waiting:
+                    self._give(number, worker, self._choose(number, waiting))
+            while order and order[0] in done:
+                yield done.pop(order.popleft())
+            if not order and not more:
+                self.now = until
+                return
+            for worker in self._ready():
+                job, came = worker.at_work, self._receive(worker)
+                assert job is not None
+                done[job.key] = self._reply(job, came)
+                until = max(until, came.at)
+                self._worked(job.sent.metadata.message_type)
+
+    def _job(self, message: Message) -> _Job:
+        self._count += 1
+        key = str(self._count)
+        set_message_id(message, key)
+        shared = self._share(message.content)
+        shared.users += 1
+        head = encode_envelope(message) + shared.description
+        client = message.metadata.dst_node_id - self._first
+        message.content = RecordDict()  # only the envelope is needed from here on
+        return _Job(key, client, message, head, shared)
+
+    def _share(self, content: RecordDict) -> _Shared:
+        """The content where workers find it; what was sent last need not be written again."""
+        parts = parts_of(content)
+        if self._last is not None and self._last.content is content and self._last.parts == parts:
+            return self._last
+        if self._last is not None:
+            self._let_go(self._last, last=True)
+        description, *blobs = encode_content(content)
+        self._last = _Shared(content, parts, description, bundle(blobs, self._shared))
+        return self._last
+
+    def _let_go(self, shared: _Shared, *, last: bool = False) -> None:
+        if shared.users == 0 and (last or shared is not self._last):
+            discard(shared.arrays)
+
+    def _choose(self, number: int, waiting: deque[_Job]) -> _Job:
+        """A client that this worker holds, or nobody; at the end anybody's, so that none is idle."""
+        for job in waiting:
+            if self._known.holder.get(job.client, number) == number:
+                waiting.remove(job)
+                return job
+        return waiting.popleft()
+
+    def _give(self, number: int, worker: _Worker, job: _Job) -> None:
+        version = self._known.version.get(job.client, 0)
+        self._known.version[job.client] = version + 1
+        self._known.holder[job.client] = number
+        worker.at_work = job
+        try:
+            worker.pipe.send(Task(job.client, version, job.head, job.content.arrays, self.now))
+        except (BrokenPipeError, ConnectionResetError):
+            raise self._died(worker) from None
+
+    def _ready(self) -> list[_Worker]:
+        by_pipe = {worker.pipe: worker for worker in self._workers if worker.at_work is not None}
+        return [by_pipe[pipe] for pipe in wait(list(by_pipe)) if isinstance(pipe, Connection)]
+
+    def _receive(self, worker: _Worker) -> Done:
+        try:
+            came: Done = worker.pipe.recv()
+        except (EOFError, ConnectionResetError):
+            raise self._died(worker) from None
+        if came.failed:
+            failed = FedkitError(f"{self._names(came.client)} failed: {came.failed}")
+            failed.add_note(came.trace)  # shown with --debug
+            raise failed
+        return came
+
+    def _reply(self, job: _Job, came: Done) -> Message:
+        worker = next(w for w in self._workers if w.at_work is job)
+        worker.at_work = None
+        job.content.users -= 1
+        self._let_go(job.content)
+        blobs = unbundle(came.arrays)
+        discard(came.arrays)
+        reply = decode_message([came.head, *blobs])
+        if reply.has_error():
+            raise FedkitError(f"{self._names(job.client)} failed: {reply.error.reason}")
+        return Message(reply.content, reply_to=job.sent)
+
+    def _died(self, worker: _Worker) -> FedkitError:
+        worker.process.join(ENDING_S)
+        status = worker.process.exitcode or 0
+        how = f"killed by {signal.Signals(-status).name}" if status < 0 else f"ended with {status}"
+        job = worker.at_work
+        whom = f" at work for {self._names(job.client)}" if job is not None else ""
+        return FedkitError(
+            f"A worker process{whom} was {how}: if memory ran out, take fewer --workers or a smaller "
+            "--live-clients."
+        )

@@ -1,0 +1,160 @@
+"""A federation simulated on this machine: the same strategies and client apps, without a network."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import TYPE_CHECKING
+
+from fedkit.devices.profiles import profiles
+from fedkit.durable import make_folder
+from fedkit.engine.events import Listener
+from fedkit.engine.local import Result, runnable
+from fedkit.engine.local_clients import local_clients
+from fedkit.engine.plan import Plan
+from fedkit.engine.running import Run
+from fedkit.engine.saved import OWN_MODEL
+from fedkit.registry import split
+from fedkit.rundir import RunDirectory, default_path
+from fedkit.settings import as_config
+from fedkit.simulation.settings import WorkerSettings
+
+if TYPE_CHECKING:
+    from flwr.serverapp import Grid
+
+    from fedkit.engine.facts import ServerView
+    from fedkit.simulation.grid import SimulationGrid
+
+FIRST_NODE = 2
+
+
+def simulate(
+    plan: Plan,
+    workers: WorkerSettings,
+    listeners: Sequence[Listener] = (),
+    worked: Callable[[str], None] = lambda kind: None,
+) -> Result:
+    """Run a federation in worker processes; its numbers are those of every other engine.
+
+    Args:
+        plan: a local run's.
+        workers: who does the work.
+        listeners: take every event, beside the run directory.
+        worked: called after each piece of a client's work, with its message type.
+
+    Raises:
+        FedkitError: a client's own code failed, a worker died, the disk is full, ...
+        KeyboardInterrupt: it was asked to stop; the summary is written nevertheless.
+    """
+    rundir = RunDirectory(Path(plan.server.run_dir or default_path(plan.federation.strategy)))
+    rundir.write_config({**runnable(plan), **as_config(workers)})
+    with _places(rundir.path) as (shared, states):
+        run = _SimulatedRun(plan, workers, rundir, listeners, worked, shared, states)
+        try:
+            summary = run.to_the_end()
+        finally:
+            run.close()
+        if workers.keep_models:
+            run.keep_models()
+    return Result(rundir.path, summary)
+
+
+@contextmanager
+def _places(directory: Path) -> Iterator[tuple[Path, Path]]:
+    """Where arrays are shared, and where clients' states lie meanwhile."""
+    from fedkit.simulation.sharing import shared_folder
+
+    shared, states = shared_folder(), Path(mkdtemp(prefix="states-", dir=directory))
+    try:
+        yield shared, states
+    finally:
+        shutil.rmtree(shared, ignore_errors=True)
+        shutil.rmtree(states, ignore_errors=True)
+
+
+class _SimulatedRun(Run):
+    engine = "simulation"
+    resumable = False
+
+    def __init__(
+        self,
+        plan: Plan,
+        workers: WorkerSettings,
+        rundir: RunDirectory,
+        listeners: Sequence[Listener],
+        worked: Callable[[str], None],
+        shared: Path,
+        states: Path,
+    ) -> None:
+        super().__init__(plan, rundir, listeners)
+        self._workers = workers
+        self._worked = worked
+        self._shared, self._states = shared, states
+        self._directory = rundir.path
+        # The server sends nothing here: its own data root is theirs.
+        public_sets = states / "public-sets"
+        self._nodes = [one.node_config(plan, public_sets) for one in local_clients(plan)]
+        self._grid: SimulationGrid | None = None
+
+    def grid(self, view: ServerView) -> Grid:
+        """The workers, which are started now that there is something to share."""
+        from fedkit.simulation.grid import SimulationGrid
+        from fedkit.simulation.worker import Equipment
+
+        plan, local = self.plan, self.plan.local
+        assert local is not None
+        count = self._workers.workers or max(1, _cores() // plan.federation.threads)
+        count = min(count, len(self._nodes))
+        equipment = Equipment(
+            strategy=split(plan.federation.strategy)[0],
+            run_config=as_config(plan.federation),
+            nodes=self._nodes,
+            first_node=FIRST_NODE,
+            shared=self._shared,
+            store=self._states,
+            live=max(1, self._workers.live_clients // count),
+            profiles=tuple(profiles(local.emulate)) if local.emulate else (),
+        )
+        self._grid = SimulationGrid(equipment, count, self._name, self._worked)
+        return self._grid
+
+    def elapsed(self) -> float:
+        """Seconds that the run has taken; those of emulated devices, where there are any."""
+        emulated = self._grid.now if self._grid is not None else 0.0
+        return emulated or super().elapsed()
+
+    def close(self) -> None:
+        """End the workers."""
+        if self._grid is not None:
+            self._grid.close()
+
+    def keep_models(self) -> None:
+        """Write each client's own model where `fedkit run` would have it."""
+        from fedkit.models.files import read_about, save_model
+        from fedkit.simulation.store import Store
+
+        store = Store(self._states)
+        for client in range(len(self._nodes)):
+            state = store.recall(client)
+            if OWN_MODEL not in state:
+                continue
+            folder = self._directory / "clients" / f"client-{client}" / self.engine
+            make_folder(folder)
+            own = state.array_records[OWN_MODEL]
+            named = {name: array.numpy() for name, array in own.items()}
+            about = read_about(json.loads(str(state.config_records["about"]["json"])))
+            save_model(folder / "model.safetensors", named, about)
+
+    def _name(self, client: int) -> str:
+        return f"Client {client} ({self._nodes[client]['model']})"
+
+
+def _cores() -> int:
+    """Those that this process may use."""
+    available = getattr(os, "sched_getaffinity", None)
+    return len(available(0)) if available is not None else os.cpu_count() or 1

@@ -1,0 +1,86 @@
+"""Messages between processes of one machine: arrays lie in files in memory, the rest goes through a pipe.
+
+What goes to many clients is written once. A file is read where it is mapped, and its bytes are copied only
+into the arrays that somebody keeps.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+# Where files are memory on Linux; elsewhere the system's cache of a temporary folder does.
+MEMORY = Path("/dev/shm")
+# Below this a pipe is as fast as a file.
+SMALL = 32_768
+
+
+class Bundle(NamedTuple):
+    """Arrays' bytes on their way.
+
+    Attributes:
+        file: where they lie, one after the other; empty if they travel along.
+        sizes: of each.
+        carried: they themselves, if they are small.
+    """
+
+    file: str
+    sizes: tuple[int, ...]
+    carried: tuple[bytes, ...]
+
+
+def shared_folder() -> Path:
+    """A new folder for bundles, in memory where the machine has such."""
+    place = MEMORY if os.access(MEMORY, os.W_OK) else None
+    return Path(tempfile.mkdtemp(prefix="fedkit-", dir=place))
+
+
+def bundle(blobs: Sequence[bytes], folder: Path) -> Bundle:
+    """Put arrays' bytes where another process finds them.
+
+    Raises:
+        OSError: there is no room.
+    """
+    sizes = tuple(map(len, blobs))
+    if sum(sizes) <= SMALL:
+        return Bundle("", sizes, tuple(blobs))
+    descriptor, name = tempfile.mkstemp(dir=folder)
+    try:
+        with os.fdopen(descriptor, "wb", buffering=0) as file:
+            for blob in blobs:
+                _write(file.fileno(), blob)
+    except OSError:
+        Path(name).unlink(missing_ok=True)
+        raise
+    return Bundle(name, sizes, ())
+
+
+def unbundle(bundle: Bundle) -> list[bytes]:
+    """The arrays' bytes."""
+    if not bundle.file:
+        return list(bundle.carried)
+    blobs, start = [], 0
+    with (
+        Path(bundle.file).open("rb") as file,
+        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view,
+    ):
+        for size in bundle.sizes:
+            blobs.append(view[start : start + size])
+            start += size
+    return blobs
+
+
+def discard(bundle: Bundle) -> None:
+    """Nobody will read it any more."""
+    if bundle.file:
+        Path(bundle.file).unlink(missing_ok=True)
+
+
+def _write(descriptor: int, blob: bytes) -> None:
+    view = memoryview(blob)
+    while view:
+        view = view[os.write(descriptor, view) :]

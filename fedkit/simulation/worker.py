@@ -1,0 +1,191 @@
+"""A worker process: does the work of one client after the other, and holds some of them in memory."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+import traceback
+from collections import OrderedDict
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from flwr.app import Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+
+from fedkit.devices.clock import VirtualClock
+from fedkit.devices.device import Device
+from fedkit.devices.emulation import Emulation
+from fedkit.devices.profiles import Profile
+from fedkit.engine.membership import explain
+from fedkit.engine.state import mark
+from fedkit.flower import decode_message, encode_message, new_context, take_identity
+from fedkit.registry import load
+from fedkit.settings import Value
+from fedkit.simulation.sharing import Bundle, bundle, unbundle
+from fedkit.simulation.store import Store
+
+POLL_S = 1.0
+
+
+class Task(NamedTuple):
+    """An instruction for a client.
+
+    Attributes:
+        client: its index.
+        version: how often it has been at work; a worker that holds it as it was then need not read.
+        head: the message without its arrays.
+        arrays: its arrays.
+        at: the simulated time at which it is sent, in seconds.
+    """
+
+    client: int
+    version: int
+    head: bytes
+    arrays: Bundle
+    at: float
+
+
+class Done(NamedTuple):
+    """What came of a task: a reply, or why there is none.
+
+    Attributes:
+        client: whose.
+        head, arrays: the reply.
+        at: the simulated time at which that has come.
+        failed: the sentence of an error of the client's own code; empty if there was none.
+        trace: its traceback.
+    """
+
+    client: int
+    head: bytes
+    arrays: Bundle
+    at: float
+    failed: str = ""
+    trace: str = ""
+
+
+@dataclass(frozen=True)
+class Equipment:
+    """What a worker is given.
+
+    Attributes:
+        strategy: whose client half does the work.
+        run_config: the federation's settings.
+        nodes: each client's node config, in client order.
+        first_node: the node id of client 0; the others follow.
+        shared: the folder of bundles.
+        store: the folder of states.
+        live: how many clients this worker keeps in memory.
+        profiles: the kinds of devices that clients behave like, cycled over them; their waiting only
+            moves a clock.
+    """
+
+    strategy: str
+    run_config: dict[str, Value]
+    nodes: list[dict[str, Value]]
+    first_node: int
+    shared: Path
+    store: Path
+    live: int
+    profiles: tuple[Profile, ...] = ()
+
+
+@dataclass
+class _Live:
+    context: Context
+    version: int
+    marks: dict[str, Any]
+
+
+def work(pipe: Connection, equipment: Equipment) -> None:
+    """Answer tasks until the pipe is closed; the whole life of a worker process."""
+    import torch
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that started this one ends it
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+    torch.set_num_threads(int(equipment.run_config["threads"]))
+    take_identity(equipment.first_node)
+    worker = _Worker(equipment)
+    while True:
+        try:
+            task: Task = pipe.recv()
+        except EOFError:
+            return
+        pipe.send(worker.do(task))
+
+
+class _Worker:
+    def __init__(self, equipment: Equipment) -> None:
+        self._equipment = equipment
+        self._app: ClientApp = load("clients", equipment.strategy)
+        self._store = Store(equipment.store)
+        self._live: OrderedDict[int, _Live] = OrderedDict()
+        self._last: tuple[str, list[bytes]] = ("", [])
+
+    def do(self, task: Task) -> Done:
+        """Work on it; whatever the client's code raises is told and not raised."""
+        try:
+            live = self._take(task)
+            message = decode_message([task.head, *self._arrays(task.arrays)])
+            take_identity(live.context.node_id)
+            answer, at = self._answer(task, message, live.context)
+            head, *blobs = encode_message(answer)
+            self._give_back(task.client, live)
+            return Done(task.client, head, bundle(blobs, self._equipment.shared), at)
+        except Exception as error:  # whatever somebody's code raises, the run shall say whose
+            told = "".join(traceback.format_exception(error))
+            return Done(task.client, b"", Bundle("", (), ()), task.at, str(explain(error)), told)
+
+    def _answer(self, task: Task, message: Message, context: Context) -> tuple[Message, float]:
+        kinds = self._equipment.profiles
+        if not kinds:
+            return self._app(message, context), task.at
+        seed, clock = int(self._equipment.run_config["seed"]), VirtualClock()
+        device = Device(kinds[task.client % len(kinds)], seed, task.client)
+        emulation = Emulation(device, now=clock, sleep=clock.advance)
+        clock.advance(task.at)
+        return emulation.work(self._app, message, context), clock.now
+
+    def _arrays(self, arrays: Bundle) -> list[bytes]:
+        # The same goes to many: it is read once.
+        if not arrays.file or arrays.file != self._last[0]:
+            self._last = (arrays.file, unbundle(arrays))
+        return self._last[1]
+
+    def _take(self, task: Task) -> _Live:
+        live = self._live.pop(task.client, None)
+        if live is None or live.version != task.version:
+            context = new_context(
+                self._equipment.first_node + task.client, dict(self._equipment.nodes[task.client])
+            )
+            context.run_config = dict(self._equipment.run_config)
+            for name, record in self._store.recall(task.client).items():
+                context.state[name] = record
+            live = _Live(context, task.version, _marks(context.state))
+        self._live[task.client] = live
+        while len(self._live) > self._equipment.live:
+            self._live.popitem(last=False)  # the store has what it knew
+        return live
+
+    def _give_back(self, client: int, live: _Live) -> None:
+        now = _marks(live.context.state)
+        if now != live.marks:
+            self._store.keep(client, live.context.state)
+            live.marks = now
+        live.version += 1
+
+
+def _marks(state: RecordDict) -> dict[str, Any]:
+    return {name: mark(state, name) for name in state}
+
+
+def _end_with_parent(parent: int) -> None:
+    # One that is killed must not leave workers behind.
+    while os.getppid() == parent:
+        time.sleep(POLL_S)
+    os._exit(1)

@@ -1,0 +1,187 @@
+"""Clients in worker processes: the numbers of the other engines, and an end for whatever goes wrong."""
+
+import multiprocessing
+import os
+import signal
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from inprocess import InProcessFederation
+
+from fedkit.engine.driver import Driver
+from fedkit.errors import FedkitError
+from fedkit.registry import split
+from fedkit.settings import as_config
+from fedkit.simulation.grid import SimulationGrid
+from fedkit.simulation.sharing import SMALL, bundle, discard, unbundle
+from fedkit.simulation.store import Store
+from fedkit.simulation.worker import Equipment
+
+TINY = {"clients": 4, "rounds": 2, "models": "logistic", "model": "logistic", "local_epochs": 1}
+FEDAVG = TINY | {"strategy": "fedavg"}
+KTPFL = TINY | {"strategy": "ktpfl", "public": "digits:64"}
+
+
+@contextmanager
+def simulation(tmp_path, federation, workers=2, live=100, **change):
+    """The federation's clients, in worker processes."""
+    for name in ("shared", "states"):
+        (tmp_path / name).mkdir(exist_ok=True)
+    nodes = [dict(context.node_config) for _, context in federation.grid.apps.values()]
+    equipment = Equipment(
+        strategy=split(federation.plan.federation.strategy)[0],
+        run_config=as_config(federation.plan.federation),
+        nodes=nodes,
+        first_node=2,
+        shared=tmp_path / "shared",
+        store=tmp_path / "states",
+        live=live,
+    )
+    for name, value in change.items():
+        object.__setattr__(equipment, name, value)
+    grid = SimulationGrid(equipment, workers, lambda client: f"client {client}")
+    try:
+        yield grid
+    finally:
+        grid.close()
+
+
+def digest_of(federation, grid):
+    """Run the federation over another grid."""
+    driver = Driver(
+        federation.strategy,
+        grid,
+        federation.plan.federation,
+        federation.emit,
+        check=lambda node_id, facts: (
+            federation.view.why_not(facts) or federation.strategy.why_not(facts)
+        ),
+        offer=federation.view.offer,
+        evaluate_fn=lambda round, arrays: federation.view.measure(
+            federation.strategy.server_models(arrays), federation.strategy.measured
+        ),
+    )
+    driver.run(federation.strategy.initial_arrays())
+    return federation.history.digest()
+
+
+@pytest.mark.parametrize("case", [FEDAVG, KTPFL], ids=["fedavg", "ktpfl"])
+@pytest.mark.parametrize(("workers", "live"), [(1, 100), (2, 100), (3, 1)])
+def test_the_numbers_are_those_of_the_other_engines(tmp_path, case, workers, live):
+    usual = InProcessFederation(**case).run()["digest"]
+    federation = InProcessFederation(**case)
+    with simulation(tmp_path, federation, workers, live) as grid:
+        assert digest_of(federation, grid) == usual
+
+
+def test_a_client_of_which_no_worker_holds_anything_goes_on_from_the_store(tmp_path):
+    """Three clients to each worker that holds one of them: every state is read again."""
+    federation = InProcessFederation(**KTPFL | {"clients": 6})
+    usual = InProcessFederation(**KTPFL | {"clients": 6}).run()["digest"]
+    with simulation(tmp_path, federation, 2, live=1) as grid:
+        assert digest_of(federation, grid) == usual
+    assert sorted(file.name for file in (tmp_path / "states").iterdir()) == [
+        f"{client}.records" for client in range(6)
+    ]
+
+
+def test_nothing_shared_is_left(tmp_path):
+    federation = InProcessFederation(**FEDAVG | {"model": "mlp", "models": "mlp"})
+    with simulation(tmp_path, federation) as grid:
+        digest_of(federation, grid)
+        # What went out last may be wanted again.
+        assert len(list((tmp_path / "shared").iterdir())) <= 1
+
+
+def ask(grid, node_ids, kind="query.join"):
+    return list(
+        grid.send_and_receive(
+            Message(RecordDict(), node_id, kind, group_id="0") for node_id in node_ids
+        )
+    )
+
+
+def test_replies_come_in_the_order_of_sending(tmp_path):
+    federation = InProcessFederation(**FEDAVG)
+    with simulation(tmp_path, federation) as grid:
+        nodes = [5, 2, 4, 3, 2]
+        assert [reply.metadata.src_node_id for reply in ask(grid, nodes)] == nodes
+
+
+def test_the_first_client_that_fails_ends_the_run_with_its_name_and_traceback(tmp_path):
+    federation = InProcessFederation(**FEDAVG)
+    told = pytest.raises(FedkitError, match=r"client 1 failed: .*KeyError")
+    with simulation(tmp_path, federation) as grid, told as failed:
+        ask(grid, [3], "train")  # without the config that it needs
+    (trace,) = failed.value.__notes__
+    assert "Traceback" in trace and "fedavg.py" in trace
+
+
+def test_a_worker_that_is_killed_ends_the_run(tmp_path):
+    federation = InProcessFederation(**FEDAVG)
+    with simulation(tmp_path, federation, workers=1) as grid:
+        (child,) = workers_now()
+        os.kill(child, signal.SIGKILL)
+        with pytest.raises(FedkitError, match=r"client 0 was killed by SIGKILL: .*--workers"):
+            ask(grid, [2])
+
+
+def test_closing_leaves_no_process(tmp_path):
+    federation = InProcessFederation(**FEDAVG)
+    with simulation(tmp_path, federation) as grid:
+        assert len(workers_now()) == 2
+        ask(grid, [2])
+    assert not workers_now()
+
+
+def workers_now():
+    """The worker processes that live."""
+    return [child.pid for child in multiprocessing.active_children() if child.is_alive()]
+
+
+def test_a_content_that_was_edited_is_sent_as_it_is_then(tmp_path):
+    federation = InProcessFederation(**FEDAVG)
+    weights = federation.strategy.initial_arrays()
+    content = RecordDict({"arrays": weights, "config": federation.strategy.config(1)})
+
+    def messages():
+        for node_id, epochs in ((2, 0), (3, 1)):
+            content.config_records["config"]["local-epochs"] = epochs
+            yield Message(content, node_id, "train", group_id="1")
+
+    with simulation(tmp_path, federation) as grid:
+        ask(grid, [2, 3])
+        kept, trained = (reply.content["arrays"] for reply in grid.send_and_receive(messages()))
+    assert all(np.array_equal(kept[name].numpy(), weights[name].numpy()) for name in weights)
+    assert not all(np.array_equal(trained[name].numpy(), weights[name].numpy()) for name in weights)
+
+
+@settings(max_examples=30, deadline=None)
+@given(sizes=st.lists(st.integers(0, 2 * SMALL), max_size=6), seed=st.integers(0, 9))
+def test_arrays_come_out_of_a_bundle_as_they_went_in(tmp_path_factory, sizes, seed):
+    folder = tmp_path_factory.mktemp("shared")
+    blobs = [np.random.default_rng(seed).bytes(size) for size in sizes]
+    one = bundle(blobs, folder)
+    assert unbundle(one) == blobs
+    assert bool(one.file) == (sum(sizes) > SMALL)
+    discard(one)
+    assert not list(folder.iterdir())
+
+
+def test_a_state_is_recalled_as_it_was_kept(tmp_path):
+    store = Store(tmp_path)
+    assert not store.recall(3)
+    state = RecordDict(
+        {
+            "model": ArrayRecord({"w": Array(np.arange(6.0).reshape(2, 3))}),
+            "told": ConfigRecord({"round": 4}),
+        }
+    )
+    store.keep(3, state)
+    again = store.recall(3)
+    assert again.config_records["told"]["round"] == 4
+    assert np.array_equal(again.array_records["model"]["w"].numpy(), np.arange(6.0).reshape(2, 3))

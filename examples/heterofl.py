@@ -76,11 +76,11 @@ def _summary(options: argparse.Namespace, mix: str, seed: int) -> dict[str, Any]
         settings = _settings(options, mix, seed)
         arguments = [f"-o{name}={value}" for name, value in settings.items()]
         print(f"{mix}, seed {seed} ...", file=sys.stderr, flush=True)
-        command = [sys.executable, "-m", "fedkit", "--quiet", "run", *arguments]
+        command = [sys.executable, "-m", "fedkit", "--quiet", "simulate", *arguments]
         subprocess.run([*command, "--run-dir", str(folder)], check=True, stdout=subprocess.DEVNULL)
     found: dict[str, Any] = json.loads(file.read_text())
     if found["status"] != "completed":
-        sys.exit(f"{folder} was stopped: `fedkit server` can't go on with a local run; remove it.")
+        sys.exit(f"{folder} holds a run that was stopped: remove it.")
     return found
 
 

@@ -47,9 +47,7 @@ def all_names(kind: str) -> list[str]:
     found: list[str] = []
     for name in names(kind):
         thing = _loaded(kind, name)
-        found += (
-            [f"{name}:{member}" for member in thing] if isinstance(thing, Mapping) else [name]
-        )
+        found += [f"{name}:{member}" for member in thing] if isinstance(thing, Mapping) else [name]
     return found
 
 
@@ -119,7 +117,9 @@ def load(kind: str, name: str) -> Any:
     thing = _loaded(kind, first)
     if not isinstance(thing, Mapping):
         if member is not None:
-            raise UsageError(f"The {KINDS[kind]} {first} takes nothing after a colon, as in {name!r}.")
+            raise UsageError(
+                f"The {KINDS[kind]} {first} takes nothing after a colon, as in {name!r}."
+            )
         return thing
     if member not in thing:
         known = [f"{first}:{one}" for one in thing]

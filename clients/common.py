@@ -107,6 +107,9 @@ def client_app(
             # Where all have one global model the server measures it on the common test set.
             came, common = arrays.to_torch_state_dict(), bool(config.get("common-test", False))
             spec = str(config.get("model", edge.model_name))
+            if config.get("own", False) and spec != edge.architecture(OWN):
+                # It has trained no other yet, and its part of the network is told only now.
+                edge.make(OWN, spec)
             if spec == edge.architecture(OWN) and shared.staying(edge.own, came):
                 # With what stays here it is a network of this client's own, which nobody else has.
                 model = shared.completed(edge.own, came)

@@ -14,6 +14,7 @@ from clients.fitting import largest_that_fits
 from fedkit.errors import UsageError
 from fedkit.models.exit_loss import joint_loss
 from fedkit.models.exits import deepest
+from fedkit.models.levels import label
 from fedkit.models.narrow import at_width
 
 _log = logging.getLogger(__name__)
@@ -60,7 +61,8 @@ def _width(context: Context) -> float | None:
             "In depthfl a device finds its depth and not its width: give --depth auto, and --width a "
             "number or leave it out."
         )
-    return float(wanted) if wanted else None
+    # No finer than it is written in the network's name.
+    return float(label(float(wanted))) if wanted else None
 
 
 def _deepest_that_fits(edge: Edge, context: Context, most: int) -> int:

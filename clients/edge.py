@@ -195,7 +195,10 @@ def refuse_parts(edge: Edge, context: Context, known: str = "") -> None:
 
     Or a network with several exits, which such a strategy knows no loss for.
     """
-    if split(edge.model_name)[0] == "exits":
+    kind, argument = split(edge.model_name)
+    while kind == "width":
+        kind, argument = split((argument or "").partition(":")[2])
+    if kind == "exits":
         raise UsageError(
             f"{edge.model_name} has several exits, which only the strategy depthfl trains: run that on the "
             "network without exits:, or take the network up to one exit, as in exit:2:cnn."

@@ -18,6 +18,7 @@ from fedkit.knowledge.held import pack_classes
 from fedkit.models.levels import label, levels_of, read_levels
 from fedkit.models.losses import cross_entropy, masked_cross_entropy
 from fedkit.models.narrow import at_width, width_of
+from fedkit.models.slicing import slicing_of
 
 
 def local_work(edge: Edge, context: Context, slot: str, config: ConfigRecord) -> float:
@@ -29,8 +30,8 @@ def local_work(edge: Edge, context: Context, slot: str, config: ConfigRecord) ->
         held = torch.zeros(edge.outputs, dtype=torch.bool, device=edge.device)
         held[_classes(edge)] = True
         loss = masked_cross_entropy(held)
-    network = levels_of(edge.settings.model, edge.data.shape, edge.outputs, 1.0)
-    with network.slicing.scaled(edge.models[slot], share if config["scaler"] else 1.0):
+    slicing = slicing_of(edge.settings.model, edge.data.shape, edge.outputs)
+    with slicing.scaled(edge.models[slot], share if config["scaler"] else 1.0):
         return local_epochs(edge, context, slot, config, loss=loss)
 
 

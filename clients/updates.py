@@ -89,10 +89,13 @@ def parameters_of(model: nn.Module) -> frozenset[str]:
 
 
 def _unexplained(edge: Edge, loss: float) -> dict[str, float]:
-    """Which part of its labels' entropy (in nats) a client's loss leaves; nothing where there is none."""
+    """Which part of its labels' entropy (in nats) a client's loss leaves; nothing where there is none.
+
+    Nor where no epoch was done (FedProx' partial work): that loss is 0, and explains nothing.
+    """
     counts = torch.bincount(edge.private.train.labels).double()
     entropy = float(torch.special.entr(counts / counts.sum()).sum())
-    return {"unexplained": loss / entropy} if entropy > 0 else {}
+    return {"unexplained": loss / entropy} if entropy > 0 and loss > 0 else {}
 
 
 def _relevance(context: Context, before: Arrays, update: Arrays) -> float:

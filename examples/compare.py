@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from fedkit import Federation
+from fedkit.engine.plan import client_models, make_plan
 from fedkit.errors import FedkitError
 from fedkit.registry import load
 from fedkit.settings import DataSettings, FederationSettings, RunSettings, ServerSettings, key
@@ -27,6 +28,7 @@ from fedkit.settings import DataSettings, FederationSettings, RunSettings, Serve
 # Printed beside any strategies, and the groups of settings that they share with these.
 REFERENCES = ("local", "central")
 SHARED = (FederationSettings, ServerSettings, DataSettings, RunSettings)
+LEFT_OUT = {"preset", "alone", "run-dir", "widths", "depths"}
 # What takes the place of Fashion-MNIST where its files are not at hand.
 DIGITS = {"dataset": "digits", "public": "digits:400", "num-shards": 4}
 COLUMNS = {
@@ -54,7 +56,11 @@ def main() -> None:
     if not arguments.no_references:
         first = next(iter(runs.values()))
         there = {settings["strategy"] for settings in runs.values()}
-        runs |= {name: reference(name, first) for name in REFERENCES if name not in there}
+        missing = [name for name in REFERENCES if name not in there]
+        try:
+            runs |= {name: reference(name, first) for name in missing}
+        except FedkitError as error:
+            parser.error(str(error))
     seeds = [int(seed) for seed in arguments.seeds.split(",")]
     print("| | " + " | ".join(COLUMNS) + " | server's model | up, down a round | seconds |")
     print("|---" * (len(COLUMNS) + 4) + "|")
@@ -73,12 +79,17 @@ def read(file: Path) -> dict[str, Any]:
 
 
 def reference(strategy: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a reference line beside a run: those of the run that it has too."""
+    """The settings of a reference line beside a run: those of the run that it has too, whole networks."""
     own = load("strategies", strategy).Hyperparameters
-    known = {key(f.name) for kind in (own, *SHARED) for f in fields(kind)} - {"preset", "alone"}
-    mine = {name: value for name, value in settings.items() if key(name) in known}
+    known = {key(f.name) for kind in (own, *SHARED) for f in fields(kind)}
+    plan = make_plan(settings, local=True)
+    # Written out: what the run has by default or by its preset is not what the reference would have.
+    mine = {name: value for name, value in plan.values().items() if name in known - LEFT_OUT}
+    if strategy == "central" and key("keep_optimiser") not in map(key, settings):
+        mine.pop("keep-optimiser", None)  # in one place there is no end of a round to let go at
     # Where clients have networks of their own, the one model is the first client's.
-    return {"model": mine.get("models", "lenet").split(",")[0], **mine, "strategy": strategy}
+    models = client_models(plan)
+    return {**mine, "strategy": strategy, "model": models[0], "models": ",".join(models)}
 
 
 def row(name: str, settings: dict[str, Any], seeds: list[int]) -> str:

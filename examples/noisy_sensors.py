@@ -61,11 +61,14 @@ def main() -> None:
     print("| partition | weights | common test | factors |\n|---|---|---|---|")
     for partition in ("iid", "dirichlet:0.5"):
         for name, way in ways.items():
+            broken = BROKEN if "corrupt" in way else ()
             runs = [
                 Federation(**{**settings, **way, "partition": partition, "seed": seed}).run()
                 for seed in map(int, arguments.seeds.split(","))
             ]
-            print(f"| {partition} | {name} | {accuracy(runs)} | {factors(runs)} |", flush=True)
+            print(
+                f"| {partition} | {name} | {accuracy(runs)} | {factors(runs, broken)} |", flush=True
+            )
 
 
 def cycle(settings: dict[str, Any], noise: str) -> str:
@@ -80,15 +83,15 @@ def accuracy(runs: list[Result]) -> str:
     return f"{statistics.fmean(values):.3f} ± {deviation:.3f}"
 
 
-def factors(runs: list[Result]) -> str:
-    """The last factor of each client's weight, averaged over runs."""
+def factors(runs: list[Result], broken: tuple[int, ...]) -> str:
+    """The last factor of each client's weight, averaged over runs; ``broken`` ones are marked."""
     last: dict[int, list[float]] = {}
     for run in runs:
         told = [event for event in run.events if event["name"] == "weight_factor"]
         for client, value in {event["client"]: event["value"] for event in told}.items():
             last.setdefault(client, []).append(value)
     return " ".join(
-        f"{statistics.fmean(values):.2f}{'*' if client in BROKEN else ''}"
+        f"{statistics.fmean(values):.2f}{'*' if client in broken else ''}"
         for client, values in sorted(last.items())
     )
 

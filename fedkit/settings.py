@@ -244,7 +244,8 @@ class RunSettings:
     widths: str = setting(
         "",
         "the share of the model's channels that each client trains (`fedkit client --width`), as in "
-        "1,0.5,0.25 or auto, cycled over clients; with heterofl or depthfl (default: heterofl deals them)",
+        "1,0.5,0.25 or auto, cycled over clients; with the strategies heterofl and depthfl (default: "
+        "what heterofl deals out, else all)",
         unit="widths",
     )
     depths: str = setting(

@@ -25,6 +25,7 @@ from fedkit.errors import UsageError
 from fedkit.seeds import numpy_generator
 from fedkit.settings import FederationSettings, Value, setting
 from strategies.fedavg import FedAvg, FedAvgHyperparameters, FedAvgState
+from strategies.robust import LARGEST
 
 STEP, FALLS = 0.1, 5
 
@@ -164,7 +165,8 @@ class FedProx(FedAvg):
             for member, content in self.answers([reply]):
                 told = content.metric_records.get("metrics", MetricRecord())
                 loss = told.get("loss_before")
-                if isinstance(loss, float) and math.isfinite(loss) and self.hyper.adaptive_mu:
+                known = isinstance(loss, float) and 0 <= loss <= LARGEST
+                if known and self.hyper.adaptive_mu:
                     weight = 1.0 if self.hyper.weighting == "equal" else member.examples
                     self._losses.append((weight, loss))
                 done = told.get("local_epochs", self._epochs[member.client])

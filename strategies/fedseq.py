@@ -118,6 +118,11 @@ class FedSeq(FedAvg):
     def check(cls, settings: FederationSettings, hyper: Any) -> None:
         """A model walks through everybody alike."""
         super().check(settings, hyper)
+        if hyper.relevance:
+            raise UsageError(
+                "In fedseq a client is sent another one's model, which tells no global update to agree "
+                "with: leave relevance out."
+            )
         if hyper.robust:
             raise UsageError(
                 "In fedseq a model walks through every client, whatever its data: leave robust out."

@@ -47,6 +47,9 @@ _ELSEWHERE = {
     "eta_l": "the clients' learning rate is -o learning-rate",
     "client_learning_rate": "the clients' learning rate is -o learning-rate",
 }
+# Which take each entry from the middle of the clients' own, and which give clients no weights.
+_BY_ENTRY = (flower.FedMedian, flower.FedTrimmedAvg, flower.Bulyan)
+_UNWEIGHTED = (*_BY_ENTRY, flower.Krum, flower.QFedAvg)
 # Of a client's reply, what a class of Flower's may read beside the arrays.
 LOSS = "train_loss"
 
@@ -79,6 +82,16 @@ class FlowerStrategy(FedAvg):
             raise UsageError(
                 f"flwr:{cls.Flower.__name__} is what the server does with the clients' models: leave outer "
                 "at none, or take --strategy fedavg."
+            )
+        name = f"flwr:{cls.Flower.__name__}"
+        if hyper.robust and issubclass(cls.Flower, _UNWEIGHTED):
+            raise UsageError(
+                f"{name} gives clients no weights, so robust does nothing: leave it out."
+            )
+        if hyper.update_codec.startswith("topk") and issubclass(cls.Flower, _BY_ENTRY):
+            raise UsageError(
+                f"{name} compares clients entry by entry, of which topk sends few: the model would hardly "
+                "move. Take another update-codec."
             )
         try:
             cls._made(hyper)
@@ -178,6 +191,8 @@ class FlowerStrategy(FedAvg):
         """What Flower's class made, in the model's types; ``ValueError`` if it is no such model."""
         new: Arrays = {}
         for name, old in self._sent_to_inner.items():
+            if name not in made:
+                raise ValueError(f"it makes no {name}")
             with np.errstate(over="ignore"):  # what becomes infinite is told below
                 values = made[name].numpy().astype(old.dtype)
             if values.shape != tuple(old.shape) or not np.isfinite(values).all():

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
@@ -99,6 +99,14 @@ class HeteroFL(FederatedStrategy):
     def traffic(hyper: Any, sizes: Sizes) -> Traffic:
         """The client's part of the network, both ways; of ``topk`` at most so much up."""
         return bytes_up(hyper, sizes), sizes.own_model
+
+    @staticmethod
+    def width(hyper: Any, settings: FederationSettings, client: int, told: float | None) -> float:
+        """The widest level that a client can be given; with ``fix`` dealt out where it does not say."""
+        levels = read_levels(hyper.levels)
+        if told is None and hyper.assignment == "fix":
+            return levels[int(_dealt(settings.seed, settings.num_shards)[client]) % len(levels)]
+        return max((level for level in levels if level <= (told or 1.0)), default=levels[-1])
 
     @cached_property
     def sliced(self) -> Levels:
@@ -187,7 +195,8 @@ class HeteroFL(FederatedStrategy):
 
         def content(member: Member) -> RecordDict:
             width = self._capacity(member)
-            told = ConfigRecord({**config, "model": self._name(width)})
+            own = bool(self.travelling.never)
+            told = ConfigRecord({**config, "model": self._name(width), "own": own})
             return RecordDict({"arrays": self.travelling.down(parts[width]), "config": told})
 
         parts = self._parts(as_arrays(arrays), map(self._capacity, self.members(grid)))
@@ -220,16 +229,7 @@ class HeteroFL(FederatedStrategy):
         return fitting[draw.integers(len(fitting))]
 
     def _capacity(self, member: Member) -> float:
-        """The widest level that a client can be given; with ``fix`` dealt out where it does not say."""
-        if member.width is None and self.hyper.assignment == "fix":
-            return self._levels[int(self._dealt[member.client]) % len(self._levels)]
-        return max(level for level in self._levels if level <= (member.width or 1.0))
-
-    @cached_property
-    def _dealt(self) -> NDArray[np.int64]:
-        """A random order of all shards: taken round and round, every level gets as many."""
-        settings = self.facts.settings
-        return numpy_generator(settings.seed, "heterofl deal").permutation(settings.num_shards)
+        return self.width(self.hyper, self.facts.settings, member.client, member.width)
 
     def _name(self, width: float) -> str:
         return at_width(self.facts.settings.model, width)
@@ -291,6 +291,12 @@ class HeteroFL(FederatedStrategy):
             )
             for level in self._levels
         }
+
+
+@cache
+def _dealt(seed: int, shards: int) -> NDArray[np.int64]:
+    """A random order of all shards: taken round and round, every level gets as many."""
+    return numpy_generator(seed, "heterofl deal").permutation(shards)
 
 
 def holding(

@@ -2,7 +2,7 @@
 
 Each client trains its own network, of any architecture, on its own data; nothing travels but what it
 measured. With the same hyper-parameters it is, to the bit, the reference that ``--alone`` trains beside
-the other strategies.
+the other strategies (but for what ``augment`` draws).
 """
 
 from __future__ import annotations

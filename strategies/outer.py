@@ -17,6 +17,7 @@ import numpy as np
 from flwr.app import ArrayRecord
 from numpy.typing import NDArray
 
+from fedkit.engine.events import Event
 from fedkit.engine.strategy import FederatedStrategy
 from fedkit.errors import UsageError
 from fedkit.knowledge.reduction import Arrays
@@ -77,7 +78,8 @@ class Outer:
             if name in momentum:
                 u = self.beta * momentum[name] + u
             momenta[name] = np.asarray(u)
-            after[name] = np.asarray(old - self.rate * unit * u).astype(mean[name].dtype)
+            with np.errstate(over="ignore"):  # what becomes infinite is not taken: see outer_step
+                after[name] = np.asarray(old - self.rate * unit * u).astype(mean[name].dtype)
         return after, momenta
 
 
@@ -107,7 +109,7 @@ def read_outer(spec: str) -> Outer | None:
 def outer_step(
     strategy: FederatedStrategy, server_round: int, before: ArrayRecord, mean: ArrayRecord
 ) -> ArrayRecord:
-    """Where ``outer`` leads from w, given the clients' mean.
+    """Where ``outer`` leads from w, given the clients' mean; w and u stay where that is not finite.
 
     Args:
         strategy: that has its hyper-parameters, and in its state ``momentum``, u.
@@ -120,9 +122,13 @@ def outer_step(
         return mean
     gamma = clients_rate(strategy.hyper, strategy.facts.settings, server_round)
     old, new = as_arrays(before), as_arrays(mean)
-    after, strategy.state.momentum = outer.step(
-        old, new, strategy.state.momentum, gamma, strategy.parameters
-    )
+    after, momentum = outer.step(old, new, strategy.state.momentum, gamma, strategy.parameters)
+    wrong = [name for name, values in after.items() if not np.isfinite(values).all()]
+    if wrong:
+        text = f"outer={strategy.hyper.outer} leads too far ({wrong[0]} is not finite): the model stays"
+        strategy.emit(Event("warning", server_round, "train", None, text))
+        return before
+    strategy.state.momentum = momentum
     return as_record(after)
 
 

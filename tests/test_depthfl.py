@@ -150,6 +150,7 @@ def test_a_client_may_be_shallow_and_narrow_at_once():
     parts = ("width:0.5:exits:2:cnn", "exits:3:cnn", "width:0.25:exits:3:cnn")
     for client, spec in enumerate(parts):
         assert run.summary["clients"][client]["model"] == spec
+        assert run.summary["clients"][client]["width"] == (0.5, 1.0, 0.25)[client]
         told = wire.answered["train", 1, client]["arrays"]
         own = build_model(spec, (1, 8, 8), 10, 1).state_dict()
         assert {n: a.shape for n, a in told.items()} == {n: tuple(t.shape) for n, t in own.items()}
@@ -274,10 +275,11 @@ def test_a_depth_that_makes_no_sense_is_refused():
         edge_of(client_of(width="auto"))
     with pytest.raises(UsageError, match="--depth goes with the strategy depthfl"):
         edge_of(whole)
-    several = client_of(model="exits:lenet")
-    del several._fedkit_fit
-    with pytest.raises(UsageError, match="exits:lenet has several exits, which only"):
-        edge_of(several)
+    for model in ("exits:lenet", "width:0.5:exits:lenet"):
+        several = client_of(model=model)
+        del several._fedkit_fit
+        with pytest.raises(UsageError, match=f"{model} has several exits, which only"):
+            edge_of(several)
     with pytest.raises(UsageError, match="depths go with the strategy depthfl"):
         InProcessFederation(**{**SMALL, "strategy": "fedavg", "depths": "1,2"})
     for text in ("0", "two", "-1", "1;2"):

@@ -288,11 +288,12 @@ def test_the_loss_is_the_global_models_over_the_clients_and_mu_is_the_next_round
     assert all(len(one) == 1 for one in sent.values())
 
 
-def test_a_loss_that_is_no_number_moves_nothing():
+@pytest.mark.parametrize("lies", [(math.inf, math.nan), (1.7e308, 1.7e308), (-1.0, 1e7)])
+def test_a_loss_that_can_not_be_moves_nothing(lies):
     def lie(instruction, reply):
         metrics = reply.content.metric_records.get("metrics") if reply.has_content() else None
         if metrics is not None and "loss_before" in metrics:
-            metrics["loss_before"] = math.inf if instruction.metadata.dst_node_id == 2 else math.nan
+            metrics["loss_before"] = lies[instruction.metadata.dst_node_id > 2]
         return reply
 
     settings = {**SMALL, "strategy": "fedprox", "adaptive_mu": True}

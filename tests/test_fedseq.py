@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from inprocess import InProcessFederation
 from resuming import measured, resumed
 
+from fedkit.engine.plan import make_plan
+from fedkit.errors import UsageError
 from strategies.superclients import score, superclients
 
 SMALL = {"clients": 4, "public": "digits:60", "num_shards": 16, "eval_samples": 30, "alone": False}
@@ -242,6 +244,12 @@ def test_a_bad_profile_is_refused_and_its_client_walks_alone(bad):
     assert any("client 2" in text and "profile" in text for text in run.warnings())
     assert run.wire.down[1, 2] == bits(run.strategy.initial_arrays())
     assert sorted(run.strategy.state.profiles) == [0, 1, 3]
+
+
+@pytest.mark.parametrize("name, value", [("robust", True), ("relevance", "0.6")])
+def test_what_makes_no_sense_in_a_walk_is_refused(name, value):
+    with pytest.raises(UsageError, match=f"In fedseq .* leave {name} out"):
+        make_plan({"strategy": "fedseq", name: value})
 
 
 @pytest.mark.parametrize("more", [{}, {"select": "uniform:0.5", "outer": "momentum:0.5"}], ids=str)

@@ -108,6 +108,9 @@ def test_each_runs_and_keeps_the_models_types(name):
         ({"strategy": "flwr:FedAdam", "eta": "fast"}, "eta must be a number"),
         ({"strategy": "flwr:FedTrimmedAvg", "beta": 0.6}, "FedTrimmedAvg refuses .*beta"),
         ({"strategy": "flwr:FedAdam", "outer": "momentum:0.9"}, "outer"),
+        ({"strategy": "flwr:FedMedian", "robust": True}, "gives clients no weights"),
+        ({"strategy": "flwr:Krum", "robust": True}, "gives clients no weights"),
+        ({"strategy": "flwr:FedTrimmedAvg", "update_codec": "topk:0.1"}, "entry by entry"),
     ],
 )
 def test_what_is_refused_before_anything_starts(settings, sentence):
@@ -243,6 +246,11 @@ def test_where_flower_makes_no_model_the_old_one_stays():
     final, initial = numpy_of(run.result.arrays), numpy_of(run.strategy.initial_arrays())
     assert all(final[name].tobytes() == initial[name].tobytes() for name in final)
     assert sum("Bulyan has no new model" in text for text in run.warnings()) == 2
+
+
+def test_a_model_without_tensors_is_not_taken():
+    run = ran("flwr:MultiKrum", num_nodes_to_select=0)
+    assert any("the old one stays: it makes no 1.weight" in text for text in run.warnings())
 
 
 def test_a_model_that_is_not_finite_is_not_taken():

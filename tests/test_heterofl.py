@@ -12,6 +12,8 @@ from processes import LONG, Process, free_port, until
 from torch.nn import functional
 
 from clients.edge import edge_of
+from fedkit.engine.dryrun import dry_run
+from fedkit.engine.plan import make_plan
 from fedkit.engine.strategy_state import load_state, save_state
 from fedkit.errors import UsageError
 from fedkit.flower import decode_records, encode_records, new_context
@@ -20,6 +22,7 @@ from fedkit.models.build import build_model
 from fedkit.models.files import load_model, network
 from fedkit.models.levels import levels_of, read_levels
 from fedkit.models.losses import cross_entropy, masked_cross_entropy
+from fedkit.models.narrow import at_width
 from strategies.heterofl import HeteroFLState, holding
 
 SMALL = {
@@ -367,6 +370,22 @@ def test_widths_are_dealt_once_in_equal_shares_whoever_is_there():
     assert {(e.client, e.value) for e in half.events if e.event == "width"} <= set(dealt)
 
 
+@pytest.mark.parametrize("widths", ["", "1,0.3,0.25"])
+def test_a_dry_run_tells_the_parts_and_bytes_that_a_run_has(widths):
+    told = [float(text) for text in widths.split(",")] if widths else [None] * 3
+    run = run_of(told, rounds=1)
+    planned = dry_run(make_plan({**SMALL, "rounds": 1, "widths": widths}, local=True))
+    sent = {e.client: e.value for e in run.events if e.event == "width"}
+    for row in planned["clients"]:
+        assert row["model"] == at_width("lenet:batch", sent[row["client"]])
+        (down,) = (
+            e.value
+            for e in run.events
+            if (e.client, e.name, e.exchange) == (row["client"], "bytes_down", "train")
+        )
+        assert row["bytes_down"] == down
+
+
 def test_dynamic_widths_are_drawn_from_the_seed_and_never_wider_than_a_client():
     settings = {"assignment": "dynamic", "rounds": 8, "local_epochs": 0, "model": "lenet"}
     run = run_of((None, 0.5, 0.25), **settings, eval_every=8)
@@ -423,6 +442,28 @@ def test_levels_are_taken_the_widest_first():
 def test_statistics_of_ones_own_need_one_width():
     with pytest.raises(UsageError, match="assignment=fix"):
         InProcessFederation(**{**SMALL, "assignment": "dynamic", "buffers": "local"})
+
+
+def test_an_optimisers_moments_need_one_width():
+    """Moments of another width would be read beyond their end: torch checks no shapes."""
+    with pytest.raises(UsageError, match="keep-optimiser=false"):
+        InProcessFederation(**{**SMALL, "assignment": "dynamic", "keep_optimiser": True})
+    summary = run_of((None, None, None), keep_optimiser=True).summary
+    assert summary["status"] == "completed" and summary["mean_global_accuracy"] is not None
+
+
+def test_a_client_that_has_trained_nothing_yet_measures_the_width_that_it_was_dealt():
+    """With its own statistics as they start; and that changes nothing of what it trains later."""
+    run = run_of((None, None, None), buffers="local", select="uniform:0.34", rounds=1)
+    measured = {e.client for e in run.events if e.name == "own_model/own_test/accuracy"}
+    assert measured == {0, 1, 2} and run.warnings() == []
+    often, once = (
+        run_of((None, None, None), buffers="local", select="uniform:0.34", eval_every=every)
+        for every in (1, 2)
+    )
+    assert [a.data for a in often.result.arrays.values()] == [
+        a.data for a in once.result.arrays.values()
+    ]
 
 
 def test_the_global_network_has_the_widest_level():

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from flwr.app import Array
 from inprocess import InProcessFederation
 
 from fedkit.engine.plan import make_plan
@@ -180,6 +181,25 @@ def test_nobody_answers_and_the_momentum_waits():
     )
     run.run()
     assert_same_bits(momenta[1], momenta[2])
+
+
+def test_a_step_that_leads_to_infinity_is_not_taken():
+    def far(instruction, reply):
+        if instruction.metadata.message_type == "train" and instruction.metadata.group_id == "2":
+            arrays = reply.content["arrays"]
+            for name in arrays:
+                arrays[name] = Array(np.full(arrays[name].shape, 3e38, np.float32))
+        return reply
+
+    run = InProcessFederation(far, **{**SMALL, "rounds": 2}, outer="momentum:0.9,3")
+    after, momenta = [], []
+    run.round_over = lambda round, arrays: (
+        after.append(as_numpy(arrays)), momenta.append(dict(run.strategy.state.momentum)),
+    )  # fmt: skip
+    run.run()
+    assert_same_bits(after[1], after[2])
+    assert_same_bits(momenta[1], momenta[2])
+    assert any("outer=momentum:0.9,3 leads too far" in text for text in run.warnings())
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from inprocess import InProcessFederation
 from resuming import measured, resumed
 
-from fedkit.engine.plan import make_plan
+from fedkit.engine.plan import client_models, make_plan
 from fedkit.errors import UsageError
 
 SMALL = {"clients": 3, "public": "digits:30", "num_shards": 12, "eval_samples": 30}
@@ -41,6 +44,46 @@ def step_by_hand(weights, inputs, labels, rate):
     p /= p.sum(axis=1, keepdims=True)
     p[np.arange(len(labels)), labels] -= 1
     return [w - rate * p.T @ inputs / len(labels), b - rate * p.mean(axis=0)]
+
+
+# Beside any comparison
+
+
+@pytest.fixture
+def compare(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "examples"))
+    return importlib.import_module("compare")
+
+
+@pytest.mark.parametrize("strategy", ["local", "central"])
+def test_a_reference_trains_as_the_first_rows_clients_do(compare, strategy):
+    rows = [
+        {"strategy": "fedavg", "model": "cnn", "preset": "paper"},
+        {"strategy": "ktpfl", "models": "cnn,lenet", "optimiser": "lamb", "run_dir": "here"},
+        {"strategy": "heterofl", "model": "cnn", "widths": "1,0.5", "clients": 3},
+        {"strategy": "depthfl", "model": "cnn", "depths": "1,2", "local_steps": 7},
+        {"strategy": "fedmd", "models": "cnn", "corrupt": "noise:1"},
+    ]
+    for row in rows:
+        first = make_plan(row, local=True)
+        other = make_plan(compare.reference(strategy, row), local=True)
+        models = [row["model"] if "model" in row else row["models"].split(",")[0]] * 4
+        if strategy == "local":
+            models = client_models(first)
+        assert client_models(other) == models[: first.local.clients]
+        assert other.federation.select == first.federation.select
+        for name in ("optimiser", "learning_rate", "batch_size", "local_epochs", "local_steps"):
+            if hasattr(first.hyper, name):
+                assert getattr(other.hyper, name) == getattr(first.hyper, name), name
+        assert other.hyper.keep_optimiser == (strategy == "central")
+
+
+def test_a_reference_goes_on_with_its_optimiser_as_it_is_told(compare):
+    for keep in (True, False):
+        row = {"strategy": "fedavg", "keep_optimiser": keep}
+        for strategy in ("local", "central"):
+            plan = make_plan(compare.reference(strategy, row), local=True)
+            assert plan.hyper.keep_optimiser == keep
 
 
 # Local

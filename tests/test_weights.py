@@ -116,6 +116,19 @@ def test_what_a_client_tells_is_its_loss_over_the_entropy_of_its_labels():
         assert told[client]["unexplained"] == pytest.approx(wanted)
 
 
+def test_who_did_no_epoch_tells_nothing():
+    """Else what it leaves unexplained would be nothing, and everybody else's noise."""
+    told = {}
+
+    def look(instruction, reply):
+        if instruction.metadata.message_type == "train":
+            told[instruction.metadata.dst_node_id - 2] = "unexplained" in reply.content["metrics"]
+        return reply
+
+    ran(look, strategy="fedprox", work="fixed:0,1,1,1,1", robust=True, rounds=1)
+    assert told == {0: False, 1: True, 2: True, 3: True, 4: True}
+
+
 @pytest.mark.parametrize("nonsense", [math.nan, -1.0, 1e300, math.inf])
 def test_nonsense_is_not_judged_and_judges_nobody(nonsense):
     run = ran(telling(1.0, 1.0, nonsense, 1.0, 1.0), robust=True, rounds=2)

@@ -157,6 +157,10 @@ def test_local_widths_go_round_the_clients_and_with_heterofl_alone():
         UsageError, match="A width is a number above 0 and up to 1, or auto, not '2'"
     ):
         make_plan({**SMALL, "widths": "1,2"}, local=True)
+    for option in ("widths", "depths", "time_budgets"):
+        strategy = "depthfl" if option == "depths" else "heterofl"
+        with pytest.raises(UsageError, match="not ''"):
+            make_plan({"strategy": strategy, "model": "lenet", option: "1,,1"}, local=True)
 
 
 @given(st.text(max_size=8) | st.floats().map(str))

@@ -24,14 +24,16 @@ def dry_run(plan: Plan) -> dict[str, Any]:
     """
     settings = plan.federation
     data = cut(settings, plan.data)
-    spec = plan.strategy.network(settings.model)
+    widest = plan.strategy.width(plan.hyper, settings, 0, 1.0) or 1.0
+    spec = at_width(plan.strategy.network(settings.model), widest)
     global_model = build_model(spec, data.shape, data.outputs, settings.seed)
     rows, global_bytes = [], state_bytes(global_model)
     for one in local_clients(plan):
         client = one.number
         # How wide or deep auto is, only the device can tell.
         name = plan.strategy.network(one.model, int(one.depth) if one.depth.isdecimal() else None)
-        name = at_width(name, float(one.width)) if one.width not in ("", "auto") else name
+        share = float(one.width.replace("auto", "1")) if one.width else None
+        name = at_width(name, plan.strategy.width(plan.hyper, settings, client, share) or 1.0)
         model = build_model(name, data.shape, data.outputs, settings.seed, client)
         model_bytes = state_bytes(model)
         codec = settings.codec.split(",")[0].strip()

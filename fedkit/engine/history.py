@@ -192,7 +192,7 @@ class History:
         return {
             "id": member.client,
             "model": member.model,
-            "width": self._widths.get(member.client),
+            "width": self._widths.get(member.client, member.width),
             "depth": member.depth,
             "shard": member.client,
             "examples": member.examples,

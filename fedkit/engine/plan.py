@@ -217,11 +217,12 @@ def _check_local(federation: FederationSettings, run: RunSettings) -> None:
         check("models", name)
     if run.emulate:
         profiles(run.emulate)
-    for text in filter(None, run.widths.split(",")):
-        read_width(text.strip())
-    for text in filter(None, run.depths.split(",")):
-        read_depth(text.strip())
-    for text in filter(None, run.time_budgets.split(",")):
-        read_seconds(text)
+    for texts, read in (
+        (run.widths, read_width),
+        (run.depths, read_depth),
+        (run.time_budgets, read_seconds),
+    ):
+        for text in texts.split(",") if texts else ():
+            read(text.strip())
     for text in run.corrupt.split(","):
         read_noise(text.strip())

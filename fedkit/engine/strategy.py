@@ -175,6 +175,13 @@ class FederatedStrategy(Strategy):
         """
         return model
 
+    @staticmethod
+    def width(
+        hyper: Any, settings: FederationSettings, client: int, told: float | None
+    ) -> float | None:
+        """The most of its channels that a client trains which says ``told``; None: all of them."""
+        return told
+
     def close(self) -> None:
         """The run is over: let go of what the strategy holds (worker processes)."""
 

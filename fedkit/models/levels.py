@@ -41,7 +41,7 @@ class Levels:
         """What ``width`` keeps of the widest level's arrays, as contiguous copies."""
         kept = self.indices(width)
         return {
-            name: np.array(array[open_mesh(kept[name], array.shape)])
+            name: np.array(array[open_mesh(kept[name], array.shape)], order="C")
             for name, array in arrays.items()
         }
 

@@ -77,7 +77,10 @@ def _summary(options: argparse.Namespace, mix: str, seed: int) -> dict[str, Any]
         arguments = [f"-o{name}={value}" for name, value in settings.items()]
         print(f"{mix}, seed {seed} ...", file=sys.stderr, flush=True)
         command = [sys.executable, "-m", "fedkit", "--quiet", "simulate", *arguments]
-        subprocess.run([*command, "--run-dir", str(folder)], check=True, stdout=subprocess.DEVNULL)
+        command += ["--run-dir", str(folder)]
+        status = subprocess.run(command, check=False, stdout=subprocess.DEVNULL).returncode
+        if status:
+            sys.exit(f"The run for {folder} failed.")
     found: dict[str, Any] = json.loads(file.read_text())
     if found["status"] != "completed":
         sys.exit(f"{folder} holds a run that was stopped: remove it.")

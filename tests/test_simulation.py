@@ -1,8 +1,11 @@
 """Clients in worker processes: the numbers of the other engines, and an end for whatever goes wrong."""
 
+import json
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 from contextlib import contextmanager
 
 import numpy as np
@@ -24,6 +27,7 @@ from fedkit.simulation.worker import Equipment
 TINY = {"clients": 4, "rounds": 2, "models": "logistic", "model": "logistic", "local_epochs": 1}
 FEDAVG = TINY | {"strategy": "fedavg"}
 KTPFL = TINY | {"strategy": "ktpfl", "public": "digits:64"}
+HETEROFL = TINY | {"strategy": "heterofl", "model": "mlp:16", "widths": "1,0.5", "levels": "1,0.5"}
 
 
 @contextmanager
@@ -69,8 +73,11 @@ def digest_of(federation, grid):
     return federation.history.digest()
 
 
-@pytest.mark.parametrize("case", [FEDAVG, KTPFL], ids=["fedavg", "ktpfl"])
-@pytest.mark.parametrize(("workers", "live"), [(1, 100), (2, 100), (3, 1)])
+@pytest.mark.parametrize(
+    ("case", "workers", "live"),
+    [(FEDAVG, 1, 100), (FEDAVG, 2, 100), (KTPFL, 2, 100), (KTPFL, 3, 1), (HETEROFL, 2, 100)],
+    ids=["fedavg-1", "fedavg-2", "ktpfl-2", "ktpfl-3", "heterofl-2"],
+)
 def test_the_numbers_are_those_of_the_other_engines(tmp_path, case, workers, live):
     usual = InProcessFederation(**case).run()["digest"]
     federation = InProcessFederation(**case)
@@ -158,6 +165,40 @@ def test_a_content_that_was_edited_is_sent_as_it_is_then(tmp_path):
         kept, trained = (reply.content["arrays"] for reply in grid.send_and_receive(messages()))
     assert all(np.array_equal(kept[name].numpy(), weights[name].numpy()) for name in weights)
     assert not all(np.array_equal(trained[name].numpy(), weights[name].numpy()) for name in weights)
+
+
+def test_the_command_runs_one_and_runs_it_again(tmp_path):
+    values = {**KTPFL, "alone": "false", "emulate": "phone-mid"}
+    settings = [f"-o{name.replace('_', '-')}={value}" for name, value in values.items()]
+    first, again = tmp_path / "first", tmp_path / "again"
+    told = fedkit("simulate", *settings, "--run-dir", first, "--format", "json")
+    summary = json.loads(told)
+    assert summary["engine"] == "simulation" and summary["sent_up"] is None
+    # The emulated devices' seconds, which nobody has waited.
+    assert summary["seconds"] > 1
+    assert summary["digest"] == InProcessFederation(**{**KTPFL, "alone": False}).run()["digest"]
+    assert not list(first.glob("states-*"))
+    measured = json.loads(fedkit("evaluate", first, "--model", "client-2", "--format", "json"))
+    assert measured
+    fedkit("simulate", "--config", first / "config.toml", "--run-dir", again, "--no-keep-models")
+    assert json.loads((again / "summary.json").read_text())["digest"] == summary["digest"]
+    assert not (again / "clients").exists()
+
+
+def test_what_is_typed_wrong_is_told_before_anything_is_written(tmp_path):
+    command = [sys.executable, "-P", "-m", "fedkit", "simulate", "--workers", "-1"]
+    ended = subprocess.run(
+        [*command, "--run-dir", tmp_path / "run"], capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 2
+    assert ended.stderr == "Error: workers must be at least 0, not -1.\n"
+    assert not (tmp_path / "run").exists()
+
+
+def fedkit(*words):
+    """What a command prints."""
+    command = [sys.executable, "-P", "-m", "fedkit", "--quiet", *map(str, words)]
+    return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
 
 
 @settings(max_examples=30, deadline=None)

@@ -165,8 +165,8 @@ class FedProx(FedAvg):
             for member, content in self.answers([reply]):
                 told = content.metric_records.get("metrics", MetricRecord())
                 loss = told.get("loss_before")
-                known = isinstance(loss, float) and 0 <= loss <= LARGEST
-                if known and self.hyper.adaptive_mu:
+                wanted = self.hyper.adaptive_mu
+                if wanted and isinstance(loss, float) and 0 <= loss <= LARGEST:
                     weight = 1.0 if self.hyper.weighting == "equal" else member.examples
                     self._losses.append((weight, loss))
                 done = told.get("local_epochs", self._epochs[member.client])

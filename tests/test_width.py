@@ -163,6 +163,12 @@ def test_local_widths_go_round_the_clients_and_with_heterofl_alone():
             make_plan({"strategy": strategy, "model": "lenet", option: "1,,1"}, local=True)
 
 
+def test_widths_of_widths_end_before_they_cost_anything():
+    assert build_model("width:0.5:width:0.5:cnn", (1, 8, 8), 10, seed=1)
+    with pytest.raises(UsageError, match="a width of a width of a width"):
+        build_model("width:0.5:" * 9 + "cnn", (1, 8, 8), 10, seed=1)
+
+
 @given(st.text(max_size=8) | st.floats().map(str))
 def test_a_width_is_a_share_or_auto(text):
     try:

@@ -17,6 +17,8 @@ from fedkit.models.slicing import slicing_of
 from fedkit.registry import split
 
 NAME, DEFAULT = "width", "0.25:cnn"
+# A level of a network that is narrow itself; each costs as much as what it is made of, twice.
+DEEPEST = 2
 
 
 def width(shape: tuple[int, ...], classes: int, argument: str | None = None) -> nn.Module:
@@ -56,7 +58,7 @@ def parts(argument: str | None) -> tuple[float, str]:
     """Width and network in ``0.25:resnet18``.
 
     Raises:
-        UsageError: the width is not in (0, 1], or no network is named.
+        UsageError: the width is not in (0, 1], or no network is named, or widths of widths of widths.
     """
     text, _, spec = (argument or DEFAULT).partition(":")
     try:
@@ -67,5 +69,9 @@ def parts(argument: str | None) -> tuple[float, str]:
         raise UsageError(
             f"The model {NAME} takes a width above 0 and up to 1 and a network's name after it, as in "
             f"{NAME}:{DEFAULT}, not {argument!r}."
+        )
+    if spec.count(f"{NAME}:") >= DEEPEST:
+        raise UsageError(
+            f"{NAME}:{argument} is a width of a width of a width: give the product of them as one."
         )
     return share, spec

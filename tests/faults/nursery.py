@@ -104,13 +104,16 @@ class Nursery:
                 else:
                     self._answers.append(told["pid"])
                 self.ended.notify_all()
+        self._process.wait()
+        with self.ended:  # whoever waits for an answer shall not wait for ever
+            self.ended.notify_all()
 
 
 def _import_everything() -> None:
     import importlib
 
     from fedkit.cli import client, server
-    from fedkit.registry import load, names
+    from fedkit.registry import all_names, load
 
     for module in ("fedkit.engine.server", "fedkit.engine.driver", "fedkit.engine.facts"):
         importlib.import_module(module)
@@ -121,7 +124,7 @@ def _import_everything() -> None:
     # torch imports it with the first optimiser.
     importlib.import_module("torch._dynamo")
     for group in ("strategies", "clients", "models", "datasets", "partitions"):
-        for name in names(group):
+        for name in all_names(group):
             load(group, name)
     assert client and server
 

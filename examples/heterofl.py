@@ -179,10 +179,10 @@ def _plot(rows: Iterable[dict[str, Any]], path: str) -> None:
         if values:
             spread = statistics.stdev(values) if len(values) > 1 else 0.0
             axes.errorbar(
-                row["up"] / 1e6, statistics.fmean(values), spread, fmt="o", label=row["mix"]
+                row["up"] / 1e3, statistics.fmean(values), spread, fmt="o", label=row["mix"]
             )
-    axes.set_xscale("log")
-    axes.set_xlabel("MB up, a client and round")
+    axes.set_xlim(left=0)
+    axes.set_xlabel("kB up, a client and round")
     axes.set_ylabel("accuracy on the common test set")
     axes.legend(title="widths")
     figure.tight_layout()

@@ -215,7 +215,7 @@ def test_a_client_that_was_away_goes_on_where_its_own_steps_are(steps):
     settings = {"schedule": "inverse", "schedule_factor": 0.1, "schedule_by": "step"}
     run = InProcessFederation(**SMALL | settings | {"clients": 2, "rounds": 3, "local_steps": 4})
     choose = {1: (0, 1), 2: (1,), 3: (0,)}
-    run.driver._chooser.selector.choose = lambda view: [
+    run.driver.chooser.selector.choose = lambda view: [
         member for member in view.members if member.client in choose[view.round]
     ]
     run.run()

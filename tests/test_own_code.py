@@ -10,7 +10,7 @@ import torch
 
 from fedkit import registry
 from fedkit.data.splits import cut
-from fedkit.engine.membership import _explain
+from fedkit.engine.membership import explain
 from fedkit.engine.plan import client_models, make_plan, named_here
 from fedkit.errors import FedkitError, UsageError, is_out_of_memory
 from fedkit.models.build import build_model
@@ -144,7 +144,7 @@ def test_an_own_partition_may_be_wrapped(code):
 def test_memory_that_runs_out_ends_in_a_sentence():
     for error in (MemoryError(), RuntimeError("[enforce] can't allocate memory: 9 bytes\nmore")):
         assert is_out_of_memory(error)
-        assert str(_explain(error)).startswith("Memory ran out")
+        assert str(explain(error)).startswith("Memory ran out")
     assert not is_out_of_memory(RuntimeError("another"))
 
 

@@ -240,7 +240,7 @@ def test_who_is_stopped_in_fedmd_has_digested_and_revisited_for_an_epoch():
     short = InProcessFederation(**SMALL | settings | {"revisit_epochs": 1})
     short.run()
     mine, wanted = state(run, 1), state(short, 1)
-    for name in ("own-model", "own-revisit-optimiser", "own-digest-optimiser"):
+    for name in ("own-model", "own-private-optimiser", "own-digest-optimiser"):
         assert mine[name] == wanted[name]
     assert state(run, 0)["own-model"] != state(short, 0)["own-model"]
 

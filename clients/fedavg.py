@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from flwr.app import ConfigRecord, Context, Message
 from flwr.clientapp import ClientApp
@@ -20,12 +20,28 @@ def update(edge: Edge, context: Context, config: ConfigRecord) -> dict[str, floa
     return {"train_loss": local_epochs(edge, context, OWN, config)}
 
 
+def _as_it_is(edge: Edge, config: ConfigRecord) -> None:
+    """The own model is what the one that comes is loaded into."""
+
+
+def _nothing(edge: Edge, config: ConfigRecord) -> Mapping[str, ConfigRecord]:
+    return {}
+
+
 def add_train(
-    app: ClientApp, update: Callable[[Edge, Context, ConfigRecord], dict[str, float]] = update
+    app: ClientApp,
+    update: Callable[[Edge, Context, ConfigRecord], dict[str, float]] = update,
+    *,
+    prepare: Callable[[Edge, ConfigRecord], None] = _as_it_is,
+    beside: Callable[[Edge, ConfigRecord], Mapping[str, ConfigRecord]] = _nothing,
 ) -> None:
     """Give a client app the handler ``train``: load the model that came, train it, return it.
 
-    ``update`` trains the own model and tells how it went.
+    Args:
+        app: the client app.
+        update: trains the own model and tells how it went.
+        prepare: makes the own model one that fits what came.
+        beside: records that the reply holds beside the model.
     """
 
     @app.train()
@@ -34,6 +50,7 @@ def add_train(
         edge = edge_of(context)
         config = message.content.config_records["config"]
         came = message.content.array_records["arrays"]
+        prepare(edge, config)
         shared.load(edge.own, came.to_torch_state_dict())
         if "reference" not in context.state:
             # The reference starts where the client first met the federation.
@@ -42,7 +59,10 @@ def add_train(
         with shared.training(edge.own, config):
             told = update(edge, context, config)
         arrays = shared.back(edge.own, came, config)
-        return updates.answer(message, context, edge, edge.own, arrays, told)
+        answer = updates.answer(message, context, edge, edge.own, arrays, told)
+        for name, record in beside(edge, config).items():
+            answer.content[name] = record
+        return answer
 
 
 app = client_app(local_epochs, updates.upload_bytes, fine_tuned)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import cast
 
 import torch
 from flwr.app import ConfigRecord, Context, Message
 from torch import Tensor, nn
 
-from clients import shared, updates, width
+from clients import updates, width
 from clients.common import client_app
-from clients.edge import OWN, Edge, edge_of
+from clients.edge import OWN, Edge
+from clients.fedavg import add_train
 from clients.private import local_epochs
 from clients.static_norm import add_statistics
 from fedkit.knowledge.held import pack_classes
@@ -35,31 +36,27 @@ def local_work(edge: Edge, context: Context, slot: str, config: ConfigRecord) ->
         return local_epochs(edge, context, slot, config, loss=loss)
 
 
-app = client_app(local_work, updates.upload_bytes, fit=width.fitted)
+def update(edge: Edge, context: Context, config: ConfigRecord) -> dict[str, float]:
+    """The E epochs on the part of theta that came, and what they tell."""
+    return {"train_loss": local_work(edge, context, OWN, config)}
 
 
-@app.train()
-def train(message: Message, context: Context) -> Message:
-    """Load the part of theta that came, train it, return it, and tell which classes are held."""
-    edge = edge_of(context)
-    config = message.content.config_records["config"]
-    came = message.content.array_records["arrays"]
+def _at_its_width(edge: Edge, config: ConfigRecord) -> None:
     network = at_width(edge.settings.model, cast(float, config["width"]))
     if edge.architecture(OWN) != network:
         edge.make(OWN, network)
-    shared.load(edge.own, came.to_torch_state_dict())
-    if "reference" not in context.state:
-        # The reference starts where the client first met the federation.
-        edge.start_alone(context)
-        context.state["reference"] = ConfigRecord({"since": config["server-round"]})
-    with shared.training(edge.own, config):
-        loss = local_work(edge, context, OWN, config)
-    part = shared.back(edge.own, came, config)
-    answer = updates.answer(message, context, edge, edge.own, part, {"train_loss": loss})
-    if config["masked"]:
-        held = pack_classes(_classes(edge).cpu().numpy(), edge.outputs)
-        answer.content["held"] = ConfigRecord({"classes": held})
-    return answer
+
+
+def _held(edge: Edge, config: ConfigRecord) -> Mapping[str, ConfigRecord]:
+    """Which classes are held, where the server wants to know."""
+    if not config["masked"]:
+        return {}
+    classes = pack_classes(_classes(edge).cpu().numpy(), edge.outputs)
+    return {"held": ConfigRecord({"classes": classes})}
+
+
+app = client_app(local_work, updates.upload_bytes, fit=width.fitted)
+add_train(app, update, prepare=_at_its_width, beside=_held)
 
 
 def _narrower(edge: Edge, message: Message) -> Iterable[tuple[str, nn.Module]]:

@@ -9,19 +9,21 @@ from pathlib import Path
 from tempfile import gettempdir
 from typing import Any
 
-from flwr.app import ArrayRecord, Message, RecordDict
+from flwr.app import ArrayRecord, Message
 from flwr.clientapp import ClientApp
-from flwr.serverapp import Grid
 
 from fedkit.engine.driver import Driver
 from fedkit.engine.events import Event
 from fedkit.engine.facts import ServerView
+from fedkit.engine.grid import EngineGrid
 from fedkit.engine.history import History
 from fedkit.engine.local_clients import local_clients
 from fedkit.engine.plan import make_plan
 from fedkit.flower import (
     decode_message,
+    decode_records,
     encode_message,
+    encode_records,
     error_reply,
     new_context,
     set_message_id,
@@ -34,7 +36,7 @@ from fedkit.settings import as_config
 Tamper = Callable[[Message, Message], Message | None]
 
 
-class InProcessGrid(Grid):
+class InProcessGrid(EngineGrid):
     """Runs each instruction when it is sent; ``tamper(instruction, reply)`` may change or lose it."""
 
     def __init__(
@@ -45,23 +47,6 @@ class InProcessGrid(Grid):
         self.absent: set[int] = set()
         self._replies: dict[str, Message] = {}
         self._count = 0
-
-    @property
-    def run(self) -> Any:
-        raise NotImplementedError
-
-    def set_run(self, run: Any) -> None:
-        raise NotImplementedError
-
-    def create_message(
-        self,
-        content: RecordDict,
-        message_type: str,
-        dst_node_id: int,
-        group_id: str,
-        ttl: float | None = None,
-    ) -> Message:
-        return Message(content, dst_node_id, message_type, group_id=group_id)
 
     def get_node_ids(self) -> list[int]:
         return [node_id for node_id in self.apps if node_id not in self.absent]
@@ -188,5 +173,27 @@ class InProcessFederation:
     def context(self, client: int) -> Any:
         return self.grid.apps[client + 2][1]
 
+    def start_anew(self, node_id: int, old: Any = None) -> None:
+        """Let a client be another process that has what was on disk (of the context ``old``: its own)."""
+        app, mine = self.grid.apps[node_id]
+        old = mine if old is None else old
+        fresh = new_context(node_id, dict(old.node_config))
+        fresh.run_config = old.run_config
+        for name, record in decode_records(b"".join(encode_records(old.state))).items():
+            fresh.state[name] = record
+        self.grid.apps[node_id] = (app, fresh)
+
     def warnings(self) -> list[str]:
         return [str(event.name) for event in self.events if event.event == "warning"]
+
+
+def ran(**settings: Any) -> Any:
+    """A federation that was run, with its ``summary``."""
+    run: Any = InProcessFederation(**settings)
+    run.summary = run.run()
+    return run
+
+
+def bits(record: ArrayRecord) -> dict[str, bytes]:
+    """The arrays of a record, to be compared to the bit."""
+    return {name: array.numpy().tobytes() for name, array in record.items()}

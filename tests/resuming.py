@@ -9,7 +9,7 @@ from flwr.app import ArrayRecord, RecordDict
 from inprocess import InProcessFederation
 
 from fedkit.engine.strategy_state import load_state, save_state
-from fedkit.flower import decode_records, encode_records, new_context
+from fedkit.flower import decode_records, encode_records
 
 
 class Killed(Exception):
@@ -37,12 +37,8 @@ def resumed(folder: Path, after: int, **settings: Any) -> InProcessFederation:
     except Killed:
         first.strategy.close()
     run = InProcessFederation(**settings)
-    for node, (app, old) in first.grid.apps.items():
-        context = new_context(node, dict(old.node_config))
-        context.run_config = old.run_config
-        for name, record in decode_records(b"".join(encode_records(old.state))).items():
-            context.state[name] = record
-        run.grid.apps[node] = (app, context)
+    for node_id, (_, old) in first.grid.apps.items():
+        run.start_anew(node_id, old)
     if first.strategy.state is not None:
         save_state(folder / "state", first.strategy.state)
         run.strategy.state = load_state(folder / "state", type(run.strategy.state))

@@ -13,7 +13,6 @@ from clients import shared
 from clients.edge import edge_of
 from fedkit.data.samples import Samples
 from fedkit.errors import UsageError
-from fedkit.flower import decode_records, encode_records, new_context
 from fedkit.models.build import build_model
 from fedkit.models.normalisation import (
     batch_moments,
@@ -328,14 +327,7 @@ def test_a_client_that_is_started_anew_has_what_stayed(settings):
 
     def restart(instruction, reply):
         if instruction.metadata.message_type == "evaluate":
-            node = instruction.metadata.dst_node_id
-            app, context = run.grid.apps[node]
-            fresh = new_context(node, dict(context.node_config))
-            fresh.run_config = context.run_config
-            records = decode_records(b"".join(encode_records(context.state)))
-            for name, record in records.items():
-                fresh.state[name] = record
-            run.grid.apps[node] = (app, fresh)
+            run.start_anew(instruction.metadata.dst_node_id)
         return reply
 
     run = InProcessFederation(restart, **{**SMALL, **settings})

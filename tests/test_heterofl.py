@@ -16,7 +16,6 @@ from fedkit.engine.dryrun import dry_run
 from fedkit.engine.plan import make_plan
 from fedkit.engine.strategy_state import load_state, save_state
 from fedkit.errors import UsageError
-from fedkit.flower import decode_records, encode_records, new_context
 from fedkit.knowledge.held import pack_classes, unpack_classes
 from fedkit.models.build import build_model
 from fedkit.models.files import load_model, network
@@ -526,14 +525,7 @@ def test_a_client_that_is_started_anew_goes_on_at_its_width(assignment):
     def restart(instruction, reply):
         meta = instruction.metadata
         if (meta.message_type, meta.group_id) == ("train", "1"):
-            node = instruction.metadata.dst_node_id
-            app, context = run.grid.apps[node]
-            fresh = new_context(node, dict(context.node_config))
-            fresh.run_config = context.run_config
-            records = decode_records(b"".join(encode_records(context.state)))
-            for name, record in records.items():
-                fresh.state[name] = record
-            run.grid.apps[node] = (app, fresh)
+            run.start_anew(instruction.metadata.dst_node_id)
         return reply
 
     plain = run_of((None, None, None), **settings)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from inprocess import InProcessFederation
+from inprocess import InProcessFederation, bits, ran
 from resuming import measured, resumed
 
 from fedkit.engine.plan import make_plan
@@ -20,16 +20,6 @@ FEDAVG = SMALL | {
 }
 DITTO = FEDAVG | {"strategy": "ditto", "lam": 0.5}
 FULL_BATCH = {"model": "logistic", "local_epochs": 1, "batch_size": 10**6, "learning_rate": 0.2}
-
-
-def ran(**settings):
-    run = InProcessFederation(**settings)
-    run.summary = run.run()
-    return run
-
-
-def bits(record):
-    return {name: array.numpy().tobytes() for name, array in record.items()}
 
 
 def own(run, client, slot="own"):

@@ -12,7 +12,7 @@ from inprocess import InProcessFederation, RepeatingGrid
 
 from clients.edge import edge_of
 from fedkit.engine.roster import Member
-from fedkit.flower import decode_records, encode_records, new_context, unavailable_reply
+from fedkit.flower import unavailable_reply
 from fedkit.models.training import batches_of, one_epoch
 from fedkit.seeds import torch_generator
 
@@ -139,14 +139,7 @@ def test_a_client_that_is_started_anew_between_probe_and_finish_goes_on(settings
     def restart(instruction, reply):
         nonlocal restarts
         if instruction.metadata.message_type == "train.probe":
-            node = instruction.metadata.dst_node_id
-            app, context = run.grid.apps[node]
-            fresh = new_context(node, dict(context.node_config))
-            fresh.run_config = context.run_config
-            records = decode_records(b"".join(encode_records(context.state)))
-            for name, record in records.items():
-                fresh.state[name] = record
-            run.grid.apps[node] = (app, fresh)
+            run.start_anew(instruction.metadata.dst_node_id)
             restarts += 1
         return reply
 

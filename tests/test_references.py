@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from inprocess import InProcessFederation
+from inprocess import bits, ran
 from resuming import measured, resumed
 
 from fedkit.engine.plan import client_models, make_plan
@@ -17,16 +17,6 @@ from fedkit.errors import UsageError
 SMALL = {"clients": 3, "public": "digits:30", "num_shards": 12, "eval_samples": 30}
 LOCAL = SMALL | {"strategy": "local", "models": "mlp:16,logistic", "local_epochs": 2}
 CENTRAL = SMALL | {"strategy": "central", "model": "logistic", "local_epochs": 2}
-
-
-def ran(**settings):
-    run = InProcessFederation(**settings)
-    run.summary = run.run()
-    return run
-
-
-def bits(record):
-    return {name: array.numpy().tobytes() for name, array in record.items()}
 
 
 def pooled(run, shards):

@@ -12,7 +12,6 @@ from inprocess import InProcessFederation
 from clients.edge import edge_of
 from fedkit.engine.plan import make_plan
 from fedkit.errors import UsageError
-from fedkit.flower import decode_records, encode_records, new_context
 from fedkit.knowledge.relevance import Threshold, agreement, read_threshold
 
 settings.register_profile("patient", deadline=None)
@@ -175,14 +174,7 @@ def test_if_all_skip_the_model_stays_and_the_next_round_is_sent():
 def test_the_last_model_seen_lives_in_the_durable_state():
     def restart(instruction, reply):
         if instruction.metadata.message_type == "train":
-            node = instruction.metadata.dst_node_id
-            app, context = run.grid.apps[node]
-            fresh = new_context(node, dict(context.node_config))
-            fresh.run_config = context.run_config
-            records = decode_records(b"".join(encode_records(context.state)))
-            for name, record in records.items():
-                fresh.state[name] = record
-            run.grid.apps[node] = (app, fresh)
+            run.start_anew(instruction.metadata.dst_node_id)
         return reply
 
     whole = ran(relevance="0.7", update_codec="topk:0.3")

@@ -17,7 +17,7 @@ from clients.updates import upload_bytes
 from fedkit.engine.dryrun import dry_run
 from fedkit.engine.plan import make_plan
 from fedkit.errors import UsageError
-from fedkit.flower import decode_records, encode_records, new_context
+from fedkit.flower import decode_records, encode_records
 from fedkit.knowledge.arrays import as_record
 from fedkit.knowledge.sparse import decode_numbers, encode_numbers, largest
 from fedkit.knowledge.updates import compressed, make_update_codec, sent_bytes
@@ -322,14 +322,7 @@ def test_the_residual_lives_in_the_durable_state_and_is_added_to_the_next_update
 
     def restart(instruction, reply):
         if instruction.metadata.message_type == "train":
-            node = instruction.metadata.dst_node_id
-            app, context = run.grid.apps[node]
-            fresh = new_context(node, dict(context.node_config))
-            fresh.run_config = context.run_config
-            records = decode_records(b"".join(encode_records(context.state)))
-            for name, record in records.items():
-                fresh.state[name] = record
-            run.grid.apps[node] = (app, fresh)
+            run.start_anew(instruction.metadata.dst_node_id)
         return reply
 
     def forget(instruction, reply):

@@ -72,9 +72,11 @@ def simulate(
     workers = build(WorkerSettings, values)
     own = {key(item.name) for item in fields(WorkerSettings)}
     plan = make_plan({k: v for k, v in values.items() if k not in own}, local=True)
-    progress = SimulationProgress(logs.progress(plan.federation), plan.federation.rounds)
-    if terminal.quiet or logs.as_json:
-        progress.hide()
+    progress = SimulationProgress(
+        logs.progress(plan.federation),
+        plan.federation.rounds,
+        bar=not (terminal.quiet or logs.as_json),
+    )
     try:
         result = run_simulation(plan, workers, [progress.take], progress.worked)
     finally:

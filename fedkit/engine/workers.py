@@ -68,9 +68,16 @@ def _start(threads: int) -> None:
     import torch
 
     torch.set_num_threads(threads)
+    end_with_parent()
+
+
+def end_with_parent() -> None:
+    """In a process that multiprocessing started: end when the one that started it is gone.
+
+    One that is killed must not leave workers behind.
+    """
     parent = multiprocessing.parent_process()
     assert parent is not None
-    # A server that is killed must not leave workers behind.
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
 
 

@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from flwr.app import Message, RecordDict
-from flwr.serverapp import Grid
-from flwr.supercore.run import Run
 
+from fedkit.engine.grid import EngineGrid
 from fedkit.errors import plain
 from fedkit.flower import (
     decode_message,
@@ -43,7 +42,7 @@ class _Encoded:
     arrays: Parcel
 
 
-class LinkGrid(Grid):
+class LinkGrid(EngineGrid):
     """Messages by key over a ``LinkServer``.
 
     A key names an instruction for good: federation, round, kind, client, and which of that kind it is
@@ -66,25 +65,6 @@ class LinkGrid(Grid):
         """A round begins, or begins again."""
         self._in_round.clear()
         self._encoded.clear()
-
-    @property
-    def run(self) -> Run:
-        """Flower's description of a run; fedkit's own lies in the run directory."""
-        return Run.create_empty(run_id=1)
-
-    def set_run(self, run: Run) -> None:
-        """A link serves one run; there is nothing to set."""
-
-    def create_message(
-        self,
-        content: RecordDict,
-        message_type: str,
-        dst_node_id: int,
-        group_id: str,
-        ttl: float | None = None,
-    ) -> Message:
-        """A new message; the same as calling ``Message`` itself."""
-        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def get_node_ids(self) -> Iterable[int]:
         """The clients that are connected now, or may still come back."""

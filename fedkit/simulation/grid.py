@@ -8,15 +8,14 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
 from flwr.app import Message, RecordDict
-from flwr.serverapp import Grid
-from flwr.supercore.run import Run
 
+from fedkit.engine.grid import EngineGrid
 from fedkit.errors import FedkitError
 from fedkit.flower import (
     decode_message,
@@ -60,15 +59,7 @@ class _Shared:
     users: int = 0
 
 
-@dataclass
-class _Clients:
-    """Who holds which client's live objects, and how often each was at work."""
-
-    holder: dict[int, int] = field(default_factory=dict)
-    version: dict[int, int] = field(default_factory=dict)
-
-
-class SimulationGrid(Grid):
+class SimulationGrid(EngineGrid):
     """Clients without a network; a client's numbers do not hang on who works for it, nor on when."""
 
     def __init__(
@@ -96,7 +87,9 @@ class SimulationGrid(Grid):
         self.now = 0.0
         self._kept: dict[str, Message] = {}
         self._last: _Shared | None = None
-        self._known = _Clients()
+        # Who holds which client's live objects, and how often each was at work.
+        self._holder: dict[int, int] = {}
+        self._version: dict[int, int] = {}
         self._workers: list[_Worker] = []
         # A forked process has everything that is imported and loaded here already. torch's own threads,
         # which it would not have, are waited for there for ever.
@@ -125,25 +118,6 @@ class SimulationGrid(Grid):
                 worker.process.kill()
                 worker.process.join()
         self._workers = []
-
-    @property
-    def run(self) -> Run:
-        """Flower's description of a run; fedkit's own lies in the run directory."""
-        return Run.create_empty(run_id=1)
-
-    def set_run(self, run: Run) -> None:
-        """A grid serves one run; there is nothing to set."""
-
-    def create_message(
-        self,
-        content: RecordDict,
-        message_type: str,
-        dst_node_id: int,
-        group_id: str,
-        ttl: float | None = None,
-    ) -> Message:
-        """A new message; the same as calling ``Message`` itself."""
-        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def get_node_ids(self) -> Iterable[int]:
         """All clients."""
@@ -191,7 +165,8 @@ class SimulationGrid(Grid):
                 self.now = until
                 return
             for worker in self._ready():
-                job, came = worker.at_work, self._receive(worker)
+                came = self._receive(worker)
+                job, worker.at_work = worker.at_work, None
                 assert job is not None
                 done[job.key] = self._reply(job, came)
                 until = max(until, came.at)
@@ -226,15 +201,15 @@ class SimulationGrid(Grid):
     def _choose(self, number: int, waiting: deque[_Job]) -> _Job:
         """A client that this worker holds, or nobody; at the end anybody's, so that none is idle."""
         for job in waiting:
-            if self._known.holder.get(job.client, number) == number:
+            if self._holder.get(job.client, number) == number:
                 waiting.remove(job)
                 return job
         return waiting.popleft()
 
     def _give(self, number: int, worker: _Worker, job: _Job) -> None:
-        version = self._known.version.get(job.client, 0)
-        self._known.version[job.client] = version + 1
-        self._known.holder[job.client] = number
+        version = self._version.get(job.client, 0)
+        self._version[job.client] = version + 1
+        self._holder[job.client] = number
         worker.at_work = job
         try:
             worker.pipe.send(Task(job.client, version, job.head, job.content.arrays, self.now))
@@ -257,8 +232,6 @@ class SimulationGrid(Grid):
         return came
 
     def _reply(self, job: _Job, came: Done) -> Message:
-        worker = next(w for w in self._workers if w.at_work is job)
-        worker.at_work = None
         job.content.users -= 1
         self._let_go(job.content)
         blobs = unbundle(came.arrays)

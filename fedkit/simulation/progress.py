@@ -17,8 +17,8 @@ TRAINING = "train"
 class SimulationProgress:
     """A bar in a terminal, beside what a run tells of itself; elsewhere a line at the end."""
 
-    def __init__(self, told: Listening, rounds: int) -> None:
-        """Progress of so many rounds; ``told`` shows everything else."""
+    def __init__(self, told: Listening, rounds: int, *, bar: bool) -> None:
+        """Progress of so many rounds; ``told`` shows everything else, and ``bar`` whether there is one."""
         self._told = told
         self._updates = 0
         self._began = time.monotonic()
@@ -30,16 +30,11 @@ class SimulationProgress:
             TimeRemainingColumn(elapsed_when_finished=True),
             console=console,
             transient=True,
-            disable=not console.is_terminal,
+            disable=not (bar and console.is_terminal),
         )
         self._task = self._bar.add_task("", total=rounds, updates="", round=f"0/{rounds}")
         self._rounds = rounds
         self._bar.start()
-
-    def hide(self) -> None:
-        """Show no bar."""
-        self._bar.stop()
-        self._bar.disable = True
 
     def take(self, event: Event) -> None:
         """Show one event."""

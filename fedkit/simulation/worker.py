@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import threading
-import time
 import traceback
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -22,13 +19,12 @@ from fedkit.devices.emulation import Emulation
 from fedkit.devices.profiles import Profile
 from fedkit.engine.membership import explain
 from fedkit.engine.state import mark
+from fedkit.engine.workers import end_with_parent
 from fedkit.flower import decode_message, encode_message, new_context, take_identity
 from fedkit.registry import load
 from fedkit.settings import Value
 from fedkit.simulation.sharing import Bundle, bundle, unbundle
 from fedkit.simulation.store import Store
-
-POLL_S = 1.0
 
 
 class Task(NamedTuple):
@@ -107,7 +103,7 @@ def work(pipe: Connection, equipment: Equipment) -> None:
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that started this one ends it
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+    end_with_parent()
     torch.set_num_threads(int(equipment.run_config["threads"]))
     take_identity(equipment.first_node)
     worker = _Worker(equipment)
@@ -182,10 +178,3 @@ class _Worker:
 
 def _marks(state: RecordDict) -> dict[str, Any]:
     return {name: mark(state, name) for name in state}
-
-
-def _end_with_parent(parent: int) -> None:
-    # One that is killed must not leave workers behind.
-    while os.getppid() == parent:
-        time.sleep(POLL_S)
-    os._exit(1)

@@ -15,6 +15,7 @@ from clients.edge import OWN, Edge
 from clients.fedavg import add_train
 from clients.private import local_epochs
 from clients.static_norm import add_statistics
+from fedkit.knowledge.arrays import as_arrays
 from fedkit.knowledge.held import pack_classes
 from fedkit.models.levels import label, levels_of, read_levels
 from fedkit.models.losses import cross_entropy, masked_cross_entropy
@@ -64,7 +65,7 @@ def _narrower(edge: Edge, message: Message) -> Iterable[tuple[str, nn.Module]]:
     config = message.content.config_records["config"]
     came = message.content.array_records["arrays"]
     own = cast(float, config["width"])
-    part = {name: array.numpy() for name, array in came.items()}
+    part = as_arrays(came)
     network = levels_of(edge.settings.model, edge.data.shape, edge.outputs, own)
     for level in read_levels(cast(str, config["levels"])):
         kept = network.take(part, level)

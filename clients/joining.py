@@ -15,6 +15,7 @@ from fedkit.data.names import OWN, public_parts
 from fedkit.data.public import PublicSet
 from fedkit.data.splits import FederatedData, cut, cut_once, own_data, public_set
 from fedkit.errors import FedkitError
+from fedkit.knowledge.arrays import as_arrays
 from fedkit.registry import split
 from fedkit.settings import DataSettings, FederationSettings, build
 
@@ -39,7 +40,7 @@ def take_offer(message: Message, context: Context) -> None:
     memory.keep_levels(context, str(offer["levels"]))
     sent = message.content.array_records.get("public")
     if isinstance(sent, ArrayRecord):
-        arrays = {name: array.numpy() for name, array in sent.items()}
+        arrays = as_arrays(sent)
         settings = build(FederationSettings, context.run_config)
         name, labels = public_parts(settings)[0], settings.public_labels
         # Nothing is written that is not what it should be.

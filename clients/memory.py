@@ -15,6 +15,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context
 from torch import nn
 
 from fedkit.data.agreement import Agreement, read_agreement
+from fedkit.knowledge.arrays import as_arrays
 from fedkit.models.files import About
 from fedkit.models.moments import give_moments, moments_of
 from fedkit.models.training import batches_of
@@ -97,4 +98,4 @@ def recall_optimiser(context: Context, name: str, optimiser: torch.optim.Optimiz
     """Give an optimiser the moments that the state holds, if any."""
     record = context.state.get(f"{name}-optimiser")
     if isinstance(record, ArrayRecord):
-        give_moments(optimiser, {key: array.numpy() for key, array in record.items()})
+        give_moments(optimiser, as_arrays(record))

@@ -18,10 +18,11 @@ from torch import nn
 from clients import shared
 from clients.common import reply
 from clients.edge import Edge
-from fedkit.knowledge.arrays import as_record
+from fedkit.knowledge.arrays import as_arrays, as_record
 from fedkit.knowledge.reduction import Arrays
 from fedkit.knowledge.relevance import agreement, read_threshold
 from fedkit.knowledge.updates import compressed, make_update_codec, sent_bytes
+from fedkit.models.build import parameters_of
 
 # How their records are named in Context.state.
 RESIDUAL, SEEN = "residual", "seen"
@@ -83,11 +84,6 @@ def upload_bytes(edge: Edge, content: RecordDict) -> int:
     return sent_bytes(codec, sent, parameters_of(edge.own))
 
 
-def parameters_of(model: nn.Module) -> frozenset[str]:
-    """Names of the tensors that training moves."""
-    return frozenset(name for name, _ in model.named_parameters())
-
-
 def _unexplained(edge: Edge, loss: float) -> dict[str, float]:
     """Which part of its labels' entropy (in nats) a client's loss leaves; nothing where there is none.
 
@@ -107,7 +103,7 @@ def _relevance(context: Context, before: Arrays, update: Arrays) -> float:
     context.state[SEEN] = as_record(before)
     if not isinstance(last, ArrayRecord) or list(last) != list(before):
         return 1.0
-    seen = {name: array.numpy() for name, array in last.items()}
+    seen = as_arrays(last)
     if any(seen[name].shape != values.shape for name, values in before.items()):
         return 1.0  # another part of the network than last time
     moved = {name: values - seen[name] for name, values in before.items()}
@@ -118,7 +114,7 @@ def _relevance(context: Context, before: Arrays, update: Arrays) -> float:
 
 def _with_residual(context: Context, update: Arrays) -> Arrays:
     """An update and what was left of those before; what is left of another part of the network is lost."""
-    left = {name: array.numpy() for name, array in context.state.array_records[RESIDUAL].items()}
+    left = as_arrays(context.state.array_records[RESIDUAL])
     return {
         name: values + left[name] if name in left and left[name].shape == values.shape else values
         for name, values in update.items()

@@ -8,7 +8,7 @@ from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 
 from fedkit.engine.roster import Member
 from fedkit.engine.strategy import FederatedStrategy
-from fedkit.knowledge.arrays import as_record as as_record
+from fedkit.knowledge.arrays import as_record
 from fedkit.knowledge.reduction import Arrays, NothingToAverage, weighted_mean
 from strategies.robust import NoiseWeights
 from strategies.updates import Reading
@@ -48,11 +48,6 @@ def average(models: Iterable[tuple[float, Arrays]]) -> ArrayRecord | None:
         return as_record(weighted_mean(models))
     except NothingToAverage:
         return None
-
-
-def as_arrays(record: ArrayRecord) -> Arrays:
-    """The named arrays in a record."""
-    return {name: array.numpy() for name, array in record.items()}
 
 
 def _examples(content: RecordDict) -> float:

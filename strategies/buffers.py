@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING
 from flwr.app import ArrayRecord
 
 from fedkit.engine.strategy import Facts
+from fedkit.knowledge.arrays import as_record
 from fedkit.knowledge.reduction import Arrays
 from fedkit.models.build import build_model
 from fedkit.models.normalisation import normalisation_of, statistics_of
 from fedkit.models.pretrained import from_scratch
 from fedkit.settings import setting
-from strategies.averaging import as_record
 
 if TYPE_CHECKING:
     from torch import nn

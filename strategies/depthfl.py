@@ -21,12 +21,13 @@ from fedkit.engine.events import Event, Listener
 from fedkit.engine.roster import Member
 from fedkit.engine.strategy import Facts
 from fedkit.errors import FedkitError, UsageError
+from fedkit.knowledge.arrays import as_arrays, as_record
 from fedkit.knowledge.held import HeldMean, Indices, open_mesh
 from fedkit.models.exit_loss import read_weights
 from fedkit.models.exits import MultiExit, held_at
 from fedkit.models.slicing import Slicing, slicing_of
 from fedkit.settings import FederationSettings, Value, setting
-from strategies.averaging import as_arrays, as_record, received_models
+from strategies.averaging import received_models
 from strategies.fedavg import FedAvg, FedAvgHyperparameters
 from strategies.outer import outer_step
 

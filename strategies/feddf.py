@@ -25,6 +25,7 @@ from fedkit.data.partitions import Indices
 from fedkit.engine.roster import Member
 from fedkit.engine.strategy import Aggregated, Exchange, ServerModels, Sizes, Traffic
 from fedkit.errors import UsageError
+from fedkit.knowledge.arrays import as_arrays, as_record
 from fedkit.knowledge.codecs import Logits
 from fedkit.knowledge.consensus import Consensus, Upload
 from fedkit.knowledge.quality import accuracy
@@ -32,7 +33,7 @@ from fedkit.knowledge.reduction import Arrays, NothingToAverage, WeightedMean
 from fedkit.knowledge.softening import softened
 from fedkit.registry import check as check_name
 from fedkit.settings import FederationSettings
-from strategies.averaging import as_arrays, as_record, received_models
+from strategies.averaging import received_models
 from strategies.distillation import Distilled
 from strategies.feddf_settings import PRESETS, FedDFHyperparameters
 from strategies.public_round import PublicRound

@@ -26,11 +26,12 @@ from flwr.serverapp import Grid
 
 from fedkit.engine.roster import Member
 from fedkit.engine.strategy import Aggregated, Exchange, ServerModels, Sizes, Traffic
+from fedkit.knowledge.arrays import as_arrays, as_record
 from fedkit.knowledge.consensus import Consensus, Upload
 from fedkit.knowledge.reduction import Arrays, NothingToAverage
 from fedkit.knowledge.softening import softened
 from fedkit.settings import FederationSettings, Value, setting
-from strategies.averaging import as_arrays, as_record, average, received_models
+from strategies.averaging import average, received_models
 from strategies.buffers import BufferHyperparameters, Travelling, travelling
 from strategies.distillation import DistilHyperparameters
 from strategies.public_round import PublicRound

@@ -31,10 +31,10 @@ from fedkit.engine.roster import Member
 from fedkit.engine.strategy import Aggregated, Exchange
 from fedkit.errors import UsageError
 from fedkit.knowledge import subset
-from fedkit.knowledge.arrays import read_array
+from fedkit.knowledge.arrays import as_arrays, as_record, read_array
 from fedkit.seeds import numpy_generator
 from fedkit.settings import FederationSettings, Value, setting
-from strategies.averaging import as_record, average, received_models
+from strategies.averaging import average, received_models
 from strategies.fedavg import FedAvg, FedAvgHyperparameters, FedAvgState
 from strategies.outer import outer_step
 from strategies.superclients import superclients
@@ -244,10 +244,7 @@ class FedSeq(FedAvg):
 
     def _mean(self, server_round: int) -> ArrayRecord | None:
         """The mean of the walks' models, or where ``outer`` leads from w; None: nobody has trained."""
-        mean = average(
-            (walk.samples, {name: array.numpy() for name, array in walk.model.items()})
-            for walk in self._walks
-        )
+        mean = average((walk.samples, as_arrays(walk.model)) for walk in self._walks)
         told = len(self._walks)
         self.emit(Event("metric", server_round, "train", None, "superclients", told, self.longest))
         if mean is None:

@@ -28,9 +28,10 @@ from fedkit.engine.events import Event
 from fedkit.engine.roster import Member
 from fedkit.engine.strategy import Aggregated
 from fedkit.errors import UsageError
+from fedkit.knowledge.arrays import as_record
 from fedkit.knowledge.reduction import Arrays, weighted_mean
 from fedkit.settings import FederationSettings, Value, key, setting
-from strategies.averaging import as_record, received_models
+from strategies.averaging import received_models
 from strategies.fedavg import FedAvg, FedAvgHyperparameters, FedAvgState
 
 # Arguments of Flower's constructors that are settings of fedkit's already, and which.

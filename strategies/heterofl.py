@@ -33,13 +33,14 @@ from fedkit.engine.strategy import (
     Traffic,
 )
 from fedkit.errors import UsageError
+from fedkit.knowledge.arrays import as_arrays, as_record
 from fedkit.knowledge.held import HeldMean, Indices, unpack_classes
 from fedkit.knowledge.reduction import Arrays
 from fedkit.models.levels import Levels, label, levels_of, read_levels
 from fedkit.models.narrow import at_width
 from fedkit.seeds import numpy_generator
 from fedkit.settings import FederationSettings
-from strategies.averaging import as_arrays, as_record, received_models
+from strategies.averaging import received_models
 from strategies.buffers import Travelling, travelling
 from strategies.heterofl_settings import PRESETS, HeteroFLHyperparameters
 from strategies.static_norm import KIND, NAME, gathered, moments

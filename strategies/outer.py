@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 from fedkit.engine.events import Event
 from fedkit.engine.strategy import FederatedStrategy
 from fedkit.errors import UsageError
+from fedkit.knowledge.arrays import as_arrays, as_record
 from fedkit.knowledge.reduction import Arrays
 from fedkit.models.schedules import batch_size, decay, warmed
 from fedkit.settings import FederationSettings, setting
-from strategies.averaging import as_arrays, as_record
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,8 @@ from flwr.serverapp import Grid
 from fedkit.engine.events import Event
 from fedkit.engine.roster import Member
 from fedkit.engine.strategy import Aggregated, Exchange, FederatedStrategy
-from fedkit.knowledge.arrays import read_array
+from fedkit.knowledge.arrays import as_record, read_array
 from fedkit.knowledge.reduction import Arrays, WeightedMean
-from strategies.averaging import as_record
 from strategies.buffers import Travelling
 
 NAME, KIND = "statistics", "query.statistics"

@@ -13,11 +13,11 @@ from fedkit.engine.events import Event
 from fedkit.engine.strategy import Facts, FederatedStrategy, ServerModels
 from fedkit.engine.workers import Workers
 from fedkit.errors import UsageError
+from fedkit.knowledge.arrays import as_record
 from fedkit.knowledge.codecs import Logits
 from fedkit.knowledge.consensus import Consensus
 from fedkit.knowledge.reduction import Arrays
 from fedkit.settings import FederationSettings
-from strategies.averaging import as_record
 from strategies.distillation import Distilled, Job, distil
 
 

@@ -22,6 +22,7 @@ from fedkit.durable import make_folder
 from fedkit.engine.plan import Plan
 from fedkit.engine.roster import NothingToSend
 from fedkit.engine.strategy import Facts, ServerModels
+from fedkit.knowledge.arrays import as_arrays
 from fedkit.models.build import restored
 from fedkit.models.files import about_of, save_model
 from fedkit.models.measure import measure
@@ -193,6 +194,6 @@ class ServerView:
         """Write the server's networks, as they are after ``round``, as LABEL.safetensors."""
         for label, (spec, arrays) in models.items():
             make_folder(folder)
-            named = {name: array.numpy() for name, array in arrays.items()}
+            named = as_arrays(arrays)
             about = about_of(self.data, spec, round=round)
             save_model(folder / f"{label}.safetensors", named, about)

@@ -15,6 +15,11 @@ def as_record(arrays: Mapping[str, NDArray[Any]]) -> ArrayRecord:
     return ArrayRecord({name: Array(np.asarray(values)) for name, values in arrays.items()})
 
 
+def as_arrays(record: ArrayRecord) -> dict[str, NDArray[Any]]:
+    """The named arrays in a record of our own making; what came from outside is for ``read_array``."""
+    return {name: array.numpy() for name, array in record.items()}
+
+
 def read_array(name: str, array: Array) -> NDArray[np.generic]:
     """The values of the array ``name`` in a message; exactly what its description says.
 

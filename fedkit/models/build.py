@@ -67,7 +67,11 @@ def parameter_names(spec: str, shape: Shape, classes: int) -> frozenset[str]:
     Raises:
         UsageError, FedkitError: as ``build_model``.
     """
-    model = build_model(from_scratch(spec), shape, classes, seed=0)
+    return parameters_of(build_model(from_scratch(spec), shape, classes, seed=0))
+
+
+def parameters_of(model: nn.Module) -> frozenset[str]:
+    """Names of the tensors that training moves."""
     return frozenset(name for name, _ in model.named_parameters())
 
 

@@ -135,6 +135,7 @@ class _SimulatedRun(Run):
 
     def keep_models(self) -> None:
         """Write each client's own model where `fedkit run` would have it."""
+        from fedkit.knowledge.arrays import as_arrays
         from fedkit.models.files import read_about, save_model
         from fedkit.simulation.store import Store
 
@@ -145,8 +146,7 @@ class _SimulatedRun(Run):
                 continue
             folder = self._directory / "clients" / f"client-{client}" / self.engine
             make_folder(folder)
-            own = state.array_records[OWN_MODEL]
-            named = {name: array.numpy() for name, array in own.items()}
+            named = as_arrays(state.array_records[OWN_MODEL])
             about = read_about(json.loads(str(state.config_records["about"]["json"])))
             save_model(folder / "model.safetensors", named, about)
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
@@ -28,6 +29,8 @@ from flwr.common.serde_utils import metadata_to_proto
 from flwr.proto.message_pb2 import Message as ProtoMessage
 from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
 from flwr.supercore.task_identity import TaskIdentity
+
+from fedkit.errors import FedkitError
 
 SERVER_NODE_ID = 1
 MOST_DIMENSIONS = 64
@@ -134,6 +137,33 @@ def payload_bytes(message: Message) -> int:
         for record in message.content.array_records.values()
         for array in record.values()
     )
+
+
+def check_arrays(records: RecordDict) -> None:
+    """Raise ``ValueError`` if an array of a reply is described as larger than its bytes, or as no array."""
+    for record in records.array_records.values():
+        for name, array in record.items():
+            _check_description(name, array, len(array.data))
+
+
+@contextmanager
+def asking_superlink() -> Iterator[None]:
+    """What Flower's own grid raises where its SuperLink does not answer as hoped, in a sentence.
+
+    Raises:
+        FedkitError: the run was stopped, or the SuperLink is gone.
+    """
+    import httpx
+
+    try:
+        yield
+    except httpx.HTTPStatusError as error:
+        status = error.response.status_code
+        if status == httpx.codes.UNAUTHORIZED:
+            raise FedkitError("The SuperLink has ended this run: it was stopped.") from error
+        raise FedkitError(f"The SuperLink refused a request with status {status}.") from error
+    except httpx.HTTPError as error:
+        raise FedkitError(f"The SuperLink can't be reached: {error}.") from error
 
 
 def new_context(node_id: int, node_config: dict[str, bool | int | float | str]) -> Context:

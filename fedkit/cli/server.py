@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -16,7 +15,6 @@ from fedkit.cli.options import (
     wants_json,
     with_settings,
 )
-from fedkit.errors import UsageError
 from fedkit.security.settings import ServerSecurity
 from fedkit.settings import (
     DataSettings,
@@ -59,14 +57,14 @@ def server(
 ) -> None:
     """Run a federation's server: wait for clients, run the rounds, write the result."""
     from fedkit.engine.plan import make_plan
-    from fedkit.engine.resume import is_over, resumed_plan
+    from fedkit.engine.resume import is_over, resumed_plan, run_to_resume
     from fedkit.engine.server import serve
     from fedkit.report import print_result
 
     as_json = wants_json(format)
     terminal.end_with_parent()
     typed = layered(config, option, settings, not_in_file=RunSettings)
-    resumed = _run_to_resume(resume, typed)
+    resumed = run_to_resume(resume, typed)
     plan = make_plan(typed) if resumed is None else resumed_plan(resumed, typed)
     if resumed is not None and is_over(plan):
         print(f"The run in {resumed} is over: there is nothing to go on with.")
@@ -77,16 +75,3 @@ def server(
     finally:
         progress.close()
     print_result(summary, path, as_json=as_json)
-
-
-def _run_to_resume(resume: str | None, typed: dict[str, Any]) -> Path | None:
-    from fedkit.engine.resume import can_resume
-
-    if resume != "auto":
-        return Path(resume) if resume is not None else None
-    if not typed.get("run-dir"):
-        raise UsageError(
-            "--resume auto needs --run-dir, the folder in which the run is or will be."
-        )
-    run = Path(str(typed["run-dir"]))
-    return run if can_resume(run) else None

@@ -19,7 +19,7 @@ from fedkit.registry import load, split
 from fedkit.settings import Value
 
 if TYPE_CHECKING:
-    from flwr.app import Context
+    from flwr.app import Context, Message
     from flwr.clientapp import ClientApp
 
 _log = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ class Membership:
             node_config: what this machine adds to what the server says of the node.
             emulate: the kind of device that it is to behave like.
         """
-        self.federation = _safe_name(welcome["federation"])
+        self.federation = safe_name(welcome["federation"])
         self._directory = directory
         self._welcome = welcome
         self._model = model
@@ -89,14 +89,7 @@ class Membership:
                 return Answer(kept)
             message = decode_message(buffers)
             buffers.clear()
-            group = message.metadata.group_id
-            round, done = int(group) if group.isdigit() else 0, state.last_round or 0
-            if 0 < round <= done - ROUNDS_KEPT:
-                raise FedkitError(
-                    f"This client has been in round {done}, and its answers of round {round} are gone: "
-                    "doing that again would train the model twice. Restore the server's newer "
-                    "checkpoints, or start a new run."
-                )
+            round = round_of(message, state.last_round)
             _log.info("Instruction %s", key)
             answer = (
                 app(message, context)
@@ -155,6 +148,23 @@ class Membership:
         self._context = context
 
 
+def round_of(message: Message, last_round: int | None) -> int:
+    """The round of an instruction, 0 if it belongs to none.
+
+    Raises:
+        FedkitError: it is so long before ``last_round`` that what was answered is not kept any more.
+    """
+    group = message.metadata.group_id
+    round, done = int(group) if group.isdigit() else 0, last_round or 0
+    if 0 < round <= done - ROUNDS_KEPT:
+        raise FedkitError(
+            f"This client has been in round {done}, and its answers of round {round} are gone: "
+            "doing that again would train the model twice. Restore the server's newer "
+            "checkpoints, or start a new run."
+        )
+    return round
+
+
 def explain(error: Exception) -> FedkitError:
     """The sentence for whatever a client's own code raised."""
     if isinstance(error, FedkitError):
@@ -170,8 +180,12 @@ def explain(error: Exception) -> FedkitError:
     return fatal
 
 
-def _safe_name(name: object) -> str:
-    # It came over the network and becomes a folder's name.
+def safe_name(name: object) -> str:
+    """The federation's id, which came over the network and becomes a folder's name.
+
+    Raises:
+        FedkitError: it is no plain word.
+    """
     text = str(name)
     if not text.isalnum() or not text.isascii() or len(text) > 64:
         raise FedkitError("The server's federation id is no plain word.")

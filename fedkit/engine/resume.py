@@ -46,6 +46,22 @@ def can_resume(run: Path) -> bool:
     return has_begun(run) and all((run / name).exists() for name in ("config.toml", "nodes.json"))
 
 
+def run_to_resume(resume: str | None, typed: Mapping[str, Value]) -> Path | None:
+    """The folder of the run that ``--resume`` names; None where a new one begins.
+
+    Raises:
+        UsageError: ``auto`` without the folder in which the run is or will be.
+    """
+    if resume != "auto":
+        return Path(resume) if resume is not None else None
+    if not typed.get("run-dir"):
+        raise UsageError(
+            "--resume auto needs --run-dir, the folder in which the run is or will be."
+        )
+    run = Path(str(typed["run-dir"]))
+    return run if can_resume(run) else None
+
+
 def is_over(plan: Plan) -> bool:
     """Whether all rounds of the run are done already."""
     try:

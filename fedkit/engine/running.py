@@ -62,6 +62,12 @@ class Run:
         # Of the processes before this one.
         self._seconds = 0.0
 
+    def identify(self) -> None:
+        """Tell Flower who this process is, where its own engine has not done so."""
+        from fedkit.flower import take_identity
+
+        take_identity()
+
     def grid(self, view: ServerView) -> Grid:
         """Where the clients are; the data are loaded by now."""
         raise NotImplementedError("an engine has a grid")
@@ -134,14 +140,13 @@ class Run:
         from fedkit.engine.driver import Driver
         from fedkit.engine.facts import ServerView
         from fedkit.engine.resume import last_good
-        from fedkit.flower import take_identity
 
         checkpoint = None
         if resume:
             checkpoint = last_good(self._rundir.path, self._history, self._known.take)
         if self.address is not None:
             self.emit(Event("listen", name=self.address))
-        take_identity()
+        self.identify()
         view = ServerView(self.plan)
         self._rundir.write("partition.json", view.partition())
         strategy = self.plan.strategy(self.plan.hyper, view.facts(), self.emit)

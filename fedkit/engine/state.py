@@ -136,6 +136,11 @@ class FederationState:
         return self.last_key is not None
 
     @property
+    def owner(self) -> Any:
+        """Model and shard of whoever has begun the folder; None before."""
+        return self._manifest.get("owner")
+
+    @property
     def files(self) -> dict[str, str]:
         """The records that are kept, and the file that holds each."""
         return dict(self._files)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -21,11 +22,15 @@ from fedkit.cli.run import DEFAULTS
 from fedkit.settings import DataSettings, FederationSettings, RunSettings, build, key
 from fedkit.simulation.settings import WorkerSettings
 
+if TYPE_CHECKING:
+    from fedkit.engine.local import Result
+
 EXAMPLES = """\b
 Examples:
   fedkit simulate --clients 100 --strategy ktpfl --models lenet,cnn --rounds 20
   fedkit simulate --clients 1000 --strategy fedavg --select uniform:0.05 --eval-every 10
   fedkit simulate --clients 20 --strategy fedmd --workers 8 --device cuda
+  fedkit simulate --clients 20 --strategy fedavg --engine ray
   fedkit simulate --config runs/2026-11-21T17-45-03-ktpfl/config.toml
 """
 
@@ -64,12 +69,12 @@ def simulate(
     from fedkit.engine.plan import make_plan
     from fedkit.report import print_result
     from fedkit.simulation.progress import SimulationProgress
-    from fedkit.simulation.run import simulate as run_simulation
 
     as_json = wants_json(format)
     typed = settings | ({"run-dir": str(run_dir)} if run_dir is not None else {})
     values = layered(config, option, typed)
     workers = build(WorkerSettings, values)
+    run_simulation = _engine(workers.engine)
     own = {key(item.name) for item in fields(WorkerSettings)}
     plan = make_plan({k: v for k, v in values.items() if k not in own}, local=True)
     progress = SimulationProgress(
@@ -82,3 +87,13 @@ def simulate(
     finally:
         progress.close()
     print_result(result.summary, result.directory, as_json=as_json)
+
+
+def _engine(name: str) -> Callable[..., Result]:
+    if name == "ray":
+        from fedkit.simulation.ray import simulate as on_ray
+
+        return on_ray
+    from fedkit.simulation.run import simulate as in_processes
+
+    return in_processes

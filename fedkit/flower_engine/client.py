@@ -96,7 +96,7 @@ def _once(
     told: Told,
     node_config: dict[str, Value],
 ) -> Message:
-    """Answer from what is kept, if it was done before, else by doing it and keeping both, state and answer."""
+    """Answer from what is kept, if it was done before, else by doing it; keeps state and answer."""
     from threadpoolctl import threadpool_limits
 
     known = kept.reply_to(told.key)

@@ -1,4 +1,4 @@
-"""A client's memory where it has no folder: Flower's ``Context.state``, with replies where these are needed."""
+"""A client's memory where it has no folder: Flower's ``Context.state``, with replies where needed."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 
 from fedkit.engine.grid import EngineGrid
-from fedkit.errors import FedkitError, plain
+from fedkit.errors import plain
 from fedkit.flower import (
     asking_superlink,
     check_arrays,
@@ -81,6 +81,8 @@ class FlowerGrid(EngineGrid):
 
     def get_node_ids(self) -> Iterable[int]:
         """The nodes of which the SuperLink has heard in the last minute."""
+        if self._closed.is_set():
+            raise KeyboardInterrupt
         if time.monotonic() - self._seen_at >= POLL_S:
             with asking_superlink():
                 self._present = list(self._grid.get_node_ids())
@@ -184,27 +186,3 @@ class FlowerGrid(EngineGrid):
         if math.isfinite(made):
             answer.metadata.created_at = min(max(made, earliest), latest)
         return answer
-
-
-class FirstErrorGrid(FlowerGrid):
-    """As in a simulation, where the first client that fails ends the run."""
-
-    def __init__(
-        self,
-        grid: Grid,
-        federation: str,
-        settings: dict[str, bool | int | float | str],
-        shard_of: ShardOf,
-        names: Callable[[int], str],
-    ) -> None:
-        """As ``FlowerGrid``; ``names`` says what a client is called in an error, by its node id."""
-        super().__init__(grid, federation, settings, shard_of)
-        self._names = names
-
-    def _checked(self, sent: Message, reply: Message) -> Message:
-        if reply.has_error():
-            sentence, _, trace = (reply.error.reason or "no reason given").partition("\n")
-            failed = FedkitError(f"{self._names(sent.metadata.dst_node_id)} failed: {sentence}")
-            failed.add_note(trace)  # shown with --debug
-            raise failed
-        return super()._checked(sent, reply)

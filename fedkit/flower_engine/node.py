@@ -1,4 +1,4 @@
-"""What a SuperNode's owner says of it: the keys of ``--node-config``, as `fedkit client` calls its options."""
+"""What a SuperNode's owner says of it: the keys of ``--node-config``, as `fedkit client` has them."""
 
 from __future__ import annotations
 

@@ -87,10 +87,11 @@ class FlowerRun(Run):
         super().__init__(plan, rundir, listeners)
         self._flower = grid
         self._grid: FlowerGrid | None = None
-        self._federation = known.federation
+        self.federation = known.federation
         self._shards = Shards(plan.federation.num_shards, known.shards)
         self._nodes = NodeFile(rundir.path, known.federation)
-        self._nodes.keep((), known.shards)
+        if self.resumable:
+            self._nodes.keep((), known.shards)
 
     def identify(self) -> None:
         """Flower has told this process already who it is."""
@@ -98,7 +99,7 @@ class FlowerRun(Run):
     def grid(self, view: ServerView) -> Grid:
         """Flower's, with the federation's keys and settings."""
         settings = as_config(self.plan.federation)
-        self._grid = FlowerGrid(self._flower, self._federation, settings, self._shards.offer)
+        self._grid = FlowerGrid(self._flower, self.federation, settings, self._shards.offer)
         return self._grid
 
     def why_not(self, node_id: int, facts: ConfigRecord) -> str | None:
@@ -112,6 +113,6 @@ class FlowerRun(Run):
 
     def emit(self, event: Event) -> None:
         """Tell everybody, and write down first who is about to be given work."""
-        if event.event == "round_start":
+        if event.event == "round_start" and self.resumable:
             self._nodes.keep((), self._shards.holders())
         super().emit(event)

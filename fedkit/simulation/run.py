@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,7 +21,7 @@ from fedkit.engine.saved import OWN_MODEL
 from fedkit.registry import split
 from fedkit.rundir import RunDirectory, default_path
 from fedkit.settings import as_config
-from fedkit.simulation.settings import WorkerSettings
+from fedkit.simulation.settings import WorkerSettings, cores
 
 if TYPE_CHECKING:
     from flwr.serverapp import Grid
@@ -108,7 +107,7 @@ class _SimulatedRun(Run):
 
         plan, local = self.plan, self.plan.local
         assert local is not None
-        count = self._workers.workers or max(1, _cores() // plan.federation.threads)
+        count = self._workers.workers or max(1, cores() // plan.federation.threads)
         count = min(count, len(self._nodes))
         equipment = Equipment(
             strategy=split(plan.federation.strategy)[0],
@@ -152,9 +151,3 @@ class _SimulatedRun(Run):
 
     def _name(self, client: int) -> str:
         return f"Client {client} ({self._nodes[client]['model']})"
-
-
-def _cores() -> int:
-    """Those that this process may use."""
-    available = getattr(os, "sched_getaffinity", None)
-    return len(available(0)) if available is not None else os.cpu_count() or 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 from fedkit.settings import setting
@@ -11,6 +12,12 @@ from fedkit.settings import setting
 class WorkerSettings:
     """Who does the work of simulated clients."""
 
+    engine: str = setting(
+        "processes",
+        "who runs the clients: processes of this machine that share arrays, or Flower's simulation on ray, "
+        "which also works across machines",
+        choices=("processes", "ray"),
+    )
     workers: int = setting(
         0,
         "processes that do the clients' work, of so many --threads each; 0: as many as the cores "
@@ -28,3 +35,9 @@ class WorkerSettings:
     keep_models: bool = setting(
         True, "write each client's own model into the run directory at the end"
     )
+
+
+def cores() -> int:
+    """Those that this process may use."""
+    available = getattr(os, "sched_getaffinity", None)
+    return len(available(0)) if available is not None else os.cpu_count() or 1

@@ -73,7 +73,7 @@ def nodes(federation, **change):
 
 def driven(federation, flowers, monkeypatch, federation_id="abc"):
     """The federation's driver over fedkit's apps; Flower's waiting takes no time here."""
-    monkeypatch.setattr("fedkit.flower_engine.grid.POLL_S", 0.0)
+    monkeypatch.setattr(FlowerGrid, "poll_s", 0.0)
     settings = federation.plan.federation
     shards = Shards(settings.num_shards, {})
     grid = FlowerGrid(flowers, federation_id, as_config(settings), shards.offer)
@@ -303,7 +303,7 @@ def test_an_instruction_is_not_delivered_after_the_round():
     (message,) = instructions(4)
     flowers = Answering({4: lambda m: Message(RecordDict(), reply_to=m)})
     list(flower_grid(flowers).send_and_receive([message], timeout=12.0))
-    assert message.metadata.ttl == 12.0
+    assert flowers.sent[0].metadata.ttl == 12.0
 
 
 def test_what_comes_from_a_node_is_checked_and_made_plain():
@@ -371,7 +371,7 @@ def test_settings_of_a_run_config_win_over_options_and_these_over_the_file(tmp_p
 
 
 def test_the_server_app_writes_a_run_directory_and_goes_on_in_it(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("fedkit.flower_engine.grid.POLL_S", 0.0)
+    monkeypatch.setattr(FlowerGrid, "poll_s", 0.0)
     usual = InProcessFederation(**FEDAVG | {"alone": False}).run()["digest"]
     federation = InProcessFederation(**FEDAVG | {"alone": False})
     flowers = FlowersOwn(nodes(federation, state_dir=lambda at: str(tmp_path / f"device-{at}")))

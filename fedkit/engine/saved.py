@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 OWN = "own"
 # What a client's state calls its models, and the record that says what they are.
-_MODEL, _ABOUT = "-model", "about"
+_MODEL, ABOUT = "-model", "about"
 OWN_MODEL = OWN + _MODEL
 
 
@@ -211,7 +211,7 @@ def kept_model(folder: Path, name: str = OWN_MODEL) -> SavedModel:
             if name not in state.files:
                 raise FedkitError(f"{folder} keeps no {name}.")
             arrays = state.record(name)
-            described = state.record(_ABOUT) if _ABOUT in state.files else None
+            described = state.record(ABOUT) if ABOUT in state.files else None
             break
         except FedkitError:
             before, state = state, FederationState(folder, None)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 import secrets
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -21,12 +20,11 @@ from fedkit.flower import (
     check_arrays,
     error_reply,
     is_failure,
+    set_message_id,
     unavailable_reply,
 )
 from fedkit.flower_engine.told import RECORD, Told
 
-# How often a SuperLink is asked: a request costs it some milliseconds.
-POLL_S = 0.25
 # (node id, who is there) -> the node's shard.
 ShardOf = Callable[[int, Collection[int]], int]
 
@@ -37,6 +35,9 @@ class FlowerGrid(EngineGrid):
     A message is sent as soon as the strategy has made it, and replies are fetched one after the other, in
     the order of sending: of all that clients send, one reply is in this process's memory.
     """
+
+    # How often a SuperLink is asked: a request costs it some milliseconds.
+    poll_s = 0.25
 
     def __init__(
         self,
@@ -64,16 +65,11 @@ class FlowerGrid(EngineGrid):
         self._lost = itertools.count(1)
         self._present: list[int] = []
         self._seen_at = self._pulled_at = -math.inf
-        self._closed = threading.Event()
 
     @property
     def run(self) -> Run:
         """Flower's description of the run."""
         return self._grid.run
-
-    def close(self) -> None:
-        """Let whoever waits for a reply give up, as if it had been interrupted."""
-        self._closed.set()
 
     def begin_round(self) -> None:
         """A round begins, or begins again."""
@@ -81,9 +77,7 @@ class FlowerGrid(EngineGrid):
 
     def get_node_ids(self) -> Iterable[int]:
         """The nodes of which the SuperLink has heard in the last minute."""
-        if self._closed.is_set():
-            raise KeyboardInterrupt
-        if time.monotonic() - self._seen_at >= POLL_S:
+        if time.monotonic() - self._seen_at >= self.poll_s:
             with asking_superlink():
                 self._present = list(self._grid.get_node_ids())
             self._seen_at = time.monotonic()
@@ -99,7 +93,7 @@ class FlowerGrid(EngineGrid):
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """The replies that have come to some keys; does not wait."""
-        if time.monotonic() - self._pulled_at < POLL_S:
+        if time.monotonic() - self._pulled_at < self.poll_s:
             return []
         self._pulled_at = time.monotonic()
         return self._pull(list(message_ids))
@@ -124,9 +118,11 @@ class FlowerGrid(EngineGrid):
                     sent = self._sent.pop(key)
                     came = [unavailable_reply(sent, "it had not answered when the time was up")]
                     break
-                if self._closed.wait(min(POLL_S, left)):
-                    raise KeyboardInterrupt
+                self._pause(min(self.poll_s, left))
             yield from came
+
+    def _pause(self, seconds: float) -> None:
+        time.sleep(seconds)
 
     def _push(self, message: Message, ttl: float | None) -> str:
         meta = message.metadata
@@ -135,13 +131,19 @@ class FlowerGrid(EngineGrid):
         if ttl is not None:
             # Beyond it the SuperLink does not deliver it, and takes no answer.
             meta.ttl = max(ttl, 0.001)
-        content = message.content
-        # A strategy may send the same content to many.
-        message.content = RecordDict({**content, RECORD: told.record()})
-        with asking_superlink():
-            pushed = [key for key in self._grid.push_messages([message]) if key]
+        # A strategy may send the same content to many, and Flower's simulation keeps what it is given.
+        outgoing = Message(
+            RecordDict({**message.content, RECORD: told.record()}),
+            meta.dst_node_id,
+            meta.message_type,
+            ttl=meta.ttl,
+            group_id=meta.group_id,
+        )
         message.content = RecordDict()  # only the envelope is needed from here on
+        with asking_superlink():
+            pushed = [key for key in self._grid.push_messages([outgoing]) if key]
         key = pushed[0] if pushed else f"lost-{next(self._lost)}"
+        set_message_id(message, key)
         self._sent[key] = message
         return key
 

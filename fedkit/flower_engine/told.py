@@ -61,10 +61,11 @@ def take_told(message: Message) -> Told:
     if record is None:
         raise FedkitError("The message comes from no fedkit: this node runs fedkit's apps only.")
     del message.content[RECORD]
-    if record.get("version") != __version__:
+    theirs = str(record.get("version"))
+    if theirs != __version__:
         # Another version may train, draw or sum otherwise, and nobody would notice.
         raise FedkitError(
-            f"The server runs fedkit {record.get('version')}, this node {__version__}: install the same "
+            f"The server runs fedkit {theirs}, this node {__version__}: install the same "
             "version on both."
         )
     try:

@@ -7,14 +7,16 @@ machines, too.
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flwr.app import Context, Message
+from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 from flwr.simulation import run_simulation
@@ -25,6 +27,7 @@ from fedkit.engine.local_clients import local_clients
 from fedkit.engine.membership import explain
 from fedkit.engine.nodes import Known
 from fedkit.engine.plan import Plan, named_here
+from fedkit.engine.saved import ABOUT, OWN_MODEL
 from fedkit.errors import FedkitError, UsageError
 from fedkit.flower import error_reply, is_failure
 from fedkit.flower_engine.client import answer
@@ -34,12 +37,15 @@ from fedkit.flower_engine.told import take_told
 from fedkit.registry import allow, listed
 from fedkit.rundir import RunDirectory, default_path
 from fedkit.settings import Value, as_config
+from fedkit.simulation.run import keep_model
 from fedkit.simulation.settings import WorkerSettings, cores
 
 if TYPE_CHECKING:
     from fedkit.engine.facts import ServerView
 
-ENDING_S = 30.0
+# Asks a client for what it remembers of its own model.
+OWN = "query.own_model"
+_KEPT = (OWN_MODEL, ABOUT)
 Worked = Callable[[str], None]
 
 
@@ -74,49 +80,60 @@ def simulate(
     rundir.write_config({**runnable(plan), **as_config(workers)})
     public_sets = (rundir.path / "public-sets").resolve()
     nodes = [one.node_config(plan, public_sets) for one in local_clients(plan)]
-    server = _Server(plan, rundir, listeners, worked)
+    ending, outcome = _Ending(), Future[dict[str, Any]]()
+
+    def server(grid: Grid, context: Context) -> None:
+        """The rounds, on the thread that Flower gives to them."""
+        if not outcome.set_running_or_notify_cancel():
+            return
+        try:
+            run = _RayRun(plan, grid, rundir, listeners, worked, ending)
+            summary = run.to_the_end()
+            if workers.keep_models:
+                run.keep_models()
+            outcome.set_result(summary)
+        except BaseException as error:  # the main thread raises it
+            outcome.set_exception(error)
+
     server_app = ServerApp()
-    server_app.main()(server.run)
+    server_app.main()(server)
     clients = _SimulatedClients(nodes, named_here(plan))
+    _quiet()
     try:
         run_simulation(
             server_app, clients, len(nodes), backend_config=_resources(plan, workers, len(nodes))
         )
-    except RuntimeError as error:
-        cause = error.__cause__ or error
-        raise FedkitError(f"Ray's simulation ended: {cause.__cause__ or cause}.") from error
-    finally:
-        server.end()
-    return Result(rundir.path, server.summary)
+    except BaseException as error:
+        ending.tell(_sentence(error) if isinstance(error, RuntimeError) else error)
+        if outcome.cancel():
+            raise
+    return Result(rundir.path, outcome.result())
 
 
-class _Server:
-    """The federation's server, on the thread that Flower gives to it."""
+def _sentence(error: RuntimeError) -> FedkitError:
+    """What Ray itself said, without what Flower wraps around it."""
+    cause: BaseException = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    return FedkitError(f"Ray's simulation ended: {cause}.")
 
-    def __init__(
-        self, plan: Plan, rundir: RunDirectory, listeners: Sequence[Listener], worked: Worked
-    ) -> None:
-        self._plan, self._rundir = plan, rundir
-        self._listeners, self._worked = listeners, worked
-        self._run: _RayRun | None = None
-        self._over = threading.Event()
-        self.summary: dict[str, Any] = {}
 
-    def run(self, grid: Grid, context: Context) -> None:
-        """All rounds, over Flower's grid."""
-        self._run = _RayRun(self._plan, grid, self._rundir, self._listeners, self._worked)
-        try:
-            self.summary = self._run.to_the_end()
-        except KeyboardInterrupt:
-            return  # which the main thread knows
-        finally:
-            self._over.set()
+class _Ending:
+    """Tells the server's thread that it must end, and why."""
 
-    def end(self) -> None:
-        """Wait until the summary is written; where Ray has ended first, let the server end, too."""
-        if self._run is not None:
-            self._run.stop()
-            self._over.wait(ENDING_S)
+    def __init__(self) -> None:
+        self._told = threading.Event()
+        self._why: BaseException | None = None
+
+    def tell(self, why: BaseException) -> None:
+        self._why = why
+        self._told.set()
+
+    def wait(self, seconds: float) -> None:
+        """Wait so long; raise as soon as there is a reason to end."""
+        self._told.wait(seconds)
+        if self._why is not None:
+            raise self._why
 
 
 class _SimulatedClients(ClientApp):
@@ -131,6 +148,9 @@ class _SimulatedClients(ClientApp):
     def __call__(self, message: Message, context: Context) -> Message:
         number = int(context.node_config["partition-id"])
         node = self._nodes[number]
+        if message.metadata.message_type == OWN:
+            state = context.state
+            return Message(RecordDict({k: state[k] for k in _KEPT if k in state}), reply_to=message)
         allow(*listed(self._named))
         try:
             return answer(message, context, take_told(message), dict(node))
@@ -142,6 +162,9 @@ class _SimulatedClients(ClientApp):
 class _RayGrid(FlowerGrid):
     """Flower's grid in a simulation, where the first client that fails ends the run."""
 
+    # Nobody is asked over a network.
+    poll_s = 0.02
+
     def __init__(
         self,
         grid: Grid,
@@ -149,10 +172,36 @@ class _RayGrid(FlowerGrid):
         settings: dict[str, Value],
         names: Callable[[int], str],
         worked: Worked,
+        ending: _Ending,
     ) -> None:
         # A client's shard is its number, whatever is told here.
         super().__init__(grid, federation, settings, lambda node_id, present: 0)
-        self._names, self._worked = names, worked
+        self._names, self._worked, self._ending = names, worked, ending
+        self._early: dict[str, Message] = {}
+
+    def get_node_ids(self) -> Iterable[int]:
+        """All clients."""
+        self._pause(0.0)
+        return super().get_node_ids()
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
+        """Replies in the order of sending; a simulation knows no deadline.
+
+        Raises:
+            FedkitError: a client's own code failed (its traceback is in the notes).
+        """
+        return super().send_and_receive(messages)
+
+    def _pause(self, seconds: float) -> None:
+        self._ending.wait(seconds)
+
+    def _pull(self, keys: list[str]) -> list[Message]:
+        # All that there are, so that a failure is not noticed only when its turn comes.
+        for reply in super()._pull(list(self._sent)):
+            self._early[reply.metadata.reply_to_message_id] = reply
+        return [self._early.pop(key) for key in keys if key in self._early]
 
     def _checked(self, sent: Message, reply: Message) -> Message:
         if reply.has_error():
@@ -177,30 +226,39 @@ class _RayRun(FlowerRun):
         rundir: RunDirectory,
         listeners: Sequence[Listener],
         worked: Worked,
+        ending: _Ending,
     ) -> None:
         super().__init__(plan, grid, Known(), rundir, listeners)
-        self._worked = worked
-        self._stopped = False
+        self._worked, self._ending = worked, ending
+        self._directory = rundir.path
 
     def grid(self, view: ServerView) -> Grid:
         """Flower's, with the federation's settings."""
         settings = as_config(self.plan.federation)
-        self._grid = _RayGrid(self._flower, self.federation, settings, self.name_of, self._worked)
-        if self._stopped:
-            self._grid.close()
+        self._grid = _RayGrid(
+            self._flower, self.federation, settings, self._name, self._worked, self._ending
+        )
         return self._grid
 
-    def stop(self) -> None:
-        """Give up waiting for clients."""
-        self._stopped = True
-        if self._grid is not None:
-            self._grid.close()
+    def keep_models(self) -> None:
+        """Ask each client for its own model, and write it where `fedkit run` would have it."""
+        assert self.driver is not None and self._grid is not None
+        members = sorted(self.driver.roster.members.values(), key=lambda member: member.client)
+        questions = (Message(RecordDict(), member.node_id, OWN) for member in members)
+        for member, reply in zip(members, self._grid.send_and_receive(questions), strict=True):
+            folder = self._directory / "clients" / f"client-{member.client}" / self.engine
+            keep_model(folder, reply.content)
 
-    def name_of(self, node_id: int) -> str:
-        """What a client is called in an error."""
+    def _name(self, node_id: int) -> str:
         members = self.driver.roster.members if self.driver is not None else {}
         member = members.get(node_id)
         return f"Client {member.client} ({member.model})" if member is not None else "A client"
+
+
+def _quiet() -> None:
+    """Of Flower, which tells of every step, nothing but errors; all of it with ``--debug``."""
+    debug = logging.getLogger("fedkit").isEnabledFor(logging.DEBUG)
+    logging.getLogger("flwr").setLevel(logging.DEBUG if debug else logging.ERROR)
 
 
 def _resources(plan: Plan, workers: WorkerSettings, clients: int) -> dict[str, dict[str, Any]]:
@@ -212,6 +270,8 @@ def _resources(plan: Plan, workers: WorkerSettings, clients: int) -> dict[str, d
     if "RAY_ADDRESS" not in os.environ:
         quiet["num_cpus"] = count * threads
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Else Ray says on each start that it will not hide GPUs any more; who takes no share asks for none.
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     return {"init_args": quiet, "client_resources": resources}
 
 

@@ -17,13 +17,14 @@ from fedkit.engine.local import Result, runnable
 from fedkit.engine.local_clients import local_clients
 from fedkit.engine.plan import Plan
 from fedkit.engine.running import Run
-from fedkit.engine.saved import OWN_MODEL
+from fedkit.engine.saved import ABOUT, OWN_MODEL
 from fedkit.registry import split
 from fedkit.rundir import RunDirectory, default_path
 from fedkit.settings import as_config
 from fedkit.simulation.settings import WorkerSettings, cores
 
 if TYPE_CHECKING:
+    from flwr.app import RecordDict
     from flwr.serverapp import Grid
 
     from fedkit.engine.facts import ServerView
@@ -134,20 +135,26 @@ class _SimulatedRun(Run):
 
     def keep_models(self) -> None:
         """Write each client's own model where `fedkit run` would have it."""
-        from fedkit.knowledge.arrays import as_arrays
-        from fedkit.models.files import read_about, save_model
         from fedkit.simulation.store import Store
 
         store = Store(self._states)
         for client in range(len(self._nodes)):
-            state = store.recall(client)
-            if OWN_MODEL not in state:
-                continue
-            folder = self._directory / "clients" / f"client-{client}" / self.engine
-            make_folder(folder)
-            named = as_arrays(state.array_records[OWN_MODEL])
-            about = read_about(json.loads(str(state.config_records["about"]["json"])))
-            save_model(folder / "model.safetensors", named, about)
+            keep_model(
+                self._directory / "clients" / f"client-{client}" / self.engine, store.recall(client)
+            )
 
     def _name(self, client: int) -> str:
         return f"Client {client} ({self._nodes[client]['model']})"
+
+
+def keep_model(folder: Path, state: RecordDict) -> None:
+    """Write a client's own model into ``folder``, if what the client remembers holds one."""
+    from fedkit.knowledge.arrays import as_arrays
+    from fedkit.models.files import read_about, save_model
+
+    if OWN_MODEL not in state:
+        return
+    make_folder(folder)
+    named = as_arrays(state.array_records[OWN_MODEL])
+    about = read_about(json.loads(str(state.config_records[ABOUT]["json"])))
+    save_model(folder / "model.safetensors", named, about)

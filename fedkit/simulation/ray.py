@@ -69,7 +69,7 @@ def simulate(
     """
     local = plan.local
     assert local is not None
-    if importlib.util.find_spec("ray") is None:
+    if not _is_installed():
         raise FedkitError("--engine ray needs Ray: `pip install 'fedkit[ray]'`.")
     if local.emulate:
         raise UsageError(
@@ -108,6 +108,10 @@ def simulate(
         if outcome.cancel():
             raise
     return Result(rundir.path, outcome.result())
+
+
+def _is_installed() -> bool:
+    return importlib.util.find_spec("ray") is not None
 
 
 def _sentence(error: RuntimeError) -> FedkitError:

@@ -35,6 +35,12 @@ FEDAVG = TINY | {"strategy": "fedavg"}
 KTPFL = TINY | {"strategy": "ktpfl", "public": "digits:64", "models": "logistic,mlp:8"}
 
 
+@pytest.fixture(autouse=True)
+def _identity():
+    """As Flower gives to its processes, without which there are no messages."""
+    take_identity()
+
+
 class FlowersOwn(InProcessGrid):
     """Stands for Flower's grid and its nodes: a process for each message, a context for each node."""
 
@@ -384,7 +390,6 @@ def test_the_server_app_writes_a_run_directory_and_goes_on_in_it(tmp_path, monke
         "rounds": 1,
         "run-dir": str(run_dir),
     }
-    take_identity()
     serve(flowers, config)
     summary = json.loads((run_dir / "summary.json").read_text())
     assert (summary["engine"], summary["status"], summary["rounds"]) == ("flower", "completed", 1)

@@ -12,13 +12,19 @@ from test_flower_app import FlowersOwn
 
 from fedkit.engine.plan import make_plan
 from fedkit.errors import FedkitError, UsageError
-from fedkit.flower import error_reply, new_context
+from fedkit.flower import error_reply, new_context, take_identity
 from fedkit.models.files import load_model
 from fedkit.simulation import ray
 from fedkit.simulation.settings import WorkerSettings
 
 TINY = {"clients": 2, "rounds": 2, "models": "logistic,mlp:8", "local_epochs": 1}
 KTPFL = TINY | {"strategy": "ktpfl", "public": "digits:64"}
+
+
+@pytest.fixture(autouse=True)
+def _identity():
+    """As Flower gives to its processes, without which there are no messages."""
+    take_identity()
 
 
 class FlowersSimulation(FlowersOwn):

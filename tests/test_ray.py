@@ -1,6 +1,7 @@
 """`fedkit simulate --engine ray`: Flower's simulation has the numbers of the other engines."""
 
 import json
+import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -132,6 +133,30 @@ def test_when_ray_ends_first_the_server_ends_too_and_the_summary_says_so(
     if wanted is FedkitError:
         assert summary["stop_reason"] == "Ray's simulation ended: crashed."
     assert summary["status"] == ("failed" if wanted is FedkitError else "stopped")
+
+
+def test_an_interrupt_ends_the_server_and_then_ray(tmp_path, monkeypatch):
+    """Whose end would be that of the process, before the summary is written."""
+    ended = []
+
+    class Interrupted(FlowersSimulation):
+        def pull_messages(self, message_ids):
+            signal.raise_signal(signal.SIGINT)
+            return []
+
+    def run_simulation(server_app, client_app, count, backend_config):
+        server_app(Interrupted(client_app, count), Context(1, 1, {}, RecordDict(), {}))
+        ended.append("ray")
+
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(ray, "run_simulation", run_simulation)
+    monkeypatch.setattr(ray, "_is_installed", lambda: True)
+    plan = planned(**KTPFL, run_dir=str(tmp_path / "run"))
+    with pytest.raises(KeyboardInterrupt):
+        ray.simulate(plan, WorkerSettings(engine="ray"))
+    assert ended == ["ray"]
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "stopped"
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_a_run_that_never_began_raises_what_was_wrong(tmp_path, monkeypatch):

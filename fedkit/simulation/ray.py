@@ -9,10 +9,12 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import signal
 import threading
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -98,11 +100,11 @@ def simulate(
     server_app = ServerApp()
     server_app.main()(server)
     clients = _SimulatedClients(nodes, named_here(plan))
+    resources = _resources(plan, workers, len(nodes))
     _quiet()
     try:
-        run_simulation(
-            server_app, clients, len(nodes), backend_config=_resources(plan, workers, len(nodes))
-        )
+        with _interrupts(ending):
+            run_simulation(server_app, clients, len(nodes), backend_config=resources)
     except BaseException as error:
         ending.tell(_sentence(error) if isinstance(error, RuntimeError) else error)
         if outcome.cancel():
@@ -257,6 +259,28 @@ class _RayRun(FlowerRun):
         members = self.driver.roster.members if self.driver is not None else {}
         member = members.get(node_id)
         return f"Client {member.client} ({member.model})" if member is not None else "A client"
+
+
+@contextmanager
+def _interrupts(ending: _Ending) -> Iterator[None]:
+    """Let Ctrl-C end the server first: where Ray ends before it, it ends this process, summary or not.
+
+    A second one interrupts what goes on, as usual.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGINT)
+
+    def end(number: int, frame: object) -> None:
+        signal.signal(signal.SIGINT, before)
+        ending.tell(KeyboardInterrupt())
+
+    signal.signal(signal.SIGINT, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _quiet() -> None:

@@ -1,0 +1,25 @@
+"""The same ClientApp with mods: updates are clipped and noised, and their size is logged."""
+
+import numpy as np
+from flwr.clientapp import ClientApp
+from flwr.clientapp.mod import LocalDpMod, arrays_size_mod, fixedclipping_mod
+
+from quickstart.client_app import evaluate as evaluate_fn
+from quickstart.client_app import train as train_fn
+
+__all__ = ["app", "clipping_app"]
+
+app = ClientApp(mods=[arrays_size_mod, LocalDpMod(1.0, 1.0, 10.0, 1e-5)])
+clipping_app = ClientApp(mods=[fixedclipping_mod])
+
+
+@app.train()
+def train(msg, context):
+    """Training, with noise that anybody can draw again."""
+    np.random.seed(7 + context.node_config["partition-id"])
+    return train_fn(msg, context)
+
+
+app.evaluate()(evaluate_fn)
+clipping_app.train()(train_fn)
+clipping_app.evaluate()(evaluate_fn)

@@ -135,8 +135,13 @@ def encode_envelope(message: Message) -> bytes:
     return ProtoMessage(metadata=metadata_to_proto(message.metadata)).SerializeToString()
 
 
-def decode_message(buffers: Sequence[bytes]) -> Message:
+def decode_message(buffers: Sequence[bytes], *, described: bool = True) -> Message:
     """The message that ``encode_message`` wrote.
+
+    Args:
+        buffers: what came.
+        described: whether arrays are refused that don't say what is in them. Flower's older apps send
+            such, and an app may have a form of its own.
 
     Raises:
         ValueError: the buffers are no such message.
@@ -149,7 +154,7 @@ def decode_message(buffers: Sequence[bytes]) -> Message:
     except Exception as error:  # protobuf and Flower raise many kinds for foreign bytes
         raise ValueError(f"not a Flower message: {error}") from error
     if message.has_content():
-        _fill(message.content, blobs)
+        _fill(message.content, blobs, described)
     elif blobs:
         raise ValueError("a message without content carries arrays")
     return message
@@ -168,7 +173,7 @@ def decode_records(data: bytes | bytearray | memoryview) -> RecordDict:
         records = recorddict_from_proto(ProtoRecordDict.FromString(head))
     except Exception as error:
         raise ValueError(f"not Flower records: {error}") from error
-    _fill(records, blobs)
+    _fill(records, blobs, described=False)
     return records
 
 
@@ -253,7 +258,7 @@ def _strip(records: RecordDict) -> tuple[RecordDict, list[bytes]]:
     return skeleton, blobs
 
 
-def _fill(records: RecordDict, blobs: Sequence[bytes]) -> None:
+def _fill(records: RecordDict, blobs: Sequence[bytes], described: bool) -> None:
     arrays = [
         (record, name)
         for record in records.values()
@@ -264,7 +269,8 @@ def _fill(records: RecordDict, blobs: Sequence[bytes]) -> None:
         raise ValueError(f"{len(arrays)} arrays are described, {len(blobs)} came")
     for (record, name), blob in zip(arrays, blobs, strict=True):
         bare = record[name]
-        _check_description(name, bare, len(blob))
+        if described:
+            _check_description(name, bare, len(blob))
         record[name] = Array(bare.dtype, tuple(bare.shape), bare.stype, blob)
 
 

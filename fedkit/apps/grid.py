@@ -25,7 +25,6 @@ from fedkit.flower import (
     envelope_of,
     error_reply,
     expired_reply,
-    payload_bytes,
     set_message_id,
     unavailable_reply,
     unknown_reply,
@@ -159,7 +158,7 @@ class AppGrid(EngineGrid):
         if isinstance(result, Lost):
             return self._told("lost", unavailable_reply(message, result.reason), sent)
         try:
-            reply = decode_message(result.take())
+            reply = decode_message(result.take(), described=False)
             if reply.has_error():
                 error = Error(reply.error.code, plain(reply.error.reason))
                 return self._told("failed", Message(error, reply_to=message), sent)
@@ -196,8 +195,8 @@ class AppGrid(EngineGrid):
     def _tell(self, outcome: str, message: Message, node_id: int, round: int | None) -> None:
         self.outcomes[outcome] += 1
         reason = message.error.reason if message.has_error() else None
-        kind, size = message.metadata.message_type, payload_bytes(message)
-        self._emit(Event(outcome, round, kind, node_id, reason, size))
+        kind = message.metadata.message_type
+        self._emit(Event(outcome, round, kind, node_id, reason, _size_of(message)))
 
 
 def _round_of(message: Message) -> int | None:
@@ -206,6 +205,13 @@ def _round_of(message: Message) -> int | None:
         return int(message.metadata.group_id)
     told = [config.get("server-round") for config in message.content.config_records.values()]
     return next((round for round in told if isinstance(round, int)), None)
+
+
+def _size_of(message: Message) -> int:
+    """Bytes of the records in a message, as Flower counts them."""
+    if not message.has_content():
+        return 0
+    return sum(record.count_bytes() for record in message.content.values())
 
 
 def carried(accounts: Mapping[str, int]) -> dict[str, int]:

@@ -82,7 +82,7 @@ class AppMembership:
             if known is not None:
                 _log.info("Message %s was answered before: answered again.", key)
                 return Answer(known)
-            message = decode_message(buffers)
+            message = decode_message(buffers, described=False)
             buffers.clear()
             _log.info("Message %s: %s", key, message.metadata.message_type)
             reply = self._reply(message)

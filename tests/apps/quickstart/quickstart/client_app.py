@@ -39,7 +39,7 @@ def train(msg: Message, context: Context):
         config["server-round"],
     ]
     context.state["last"] = ArrayRecord(model.state_dict())
-    time.sleep(config.get("pause", 0.0))
+    time.sleep(context.run_config["pause"])
     metrics = {
         "train_loss": loss,
         "num-examples": len(loader.dataset),

@@ -2,18 +2,23 @@
 
 import numpy as np
 from flwr.clientapp import ClientApp
-from flwr.clientapp.mod import LocalDpMod, arrays_size_mod, fixedclipping_mod
+from flwr.clientapp.mod import (
+    LocalDpMod,
+    arrays_size_mod,
+    fixedclipping_mod,
+    message_size_mod,
+)
 
 from quickstart.client_app import evaluate as evaluate_fn
 from quickstart.client_app import train as train_fn
 
 __all__ = ["app", "clipping_app"]
 
-app = ClientApp(mods=[arrays_size_mod, LocalDpMod(1.0, 1.0, 10.0, 1e-5)])
-clipping_app = ClientApp(mods=[fixedclipping_mod])
+app = ClientApp(mods=[message_size_mod])
+clipping_app = ClientApp()
 
 
-@app.train()
+@app.train(mods=[arrays_size_mod, LocalDpMod(1.0, 1.0, 10.0, 1e-5)])
 def train(msg, context):
     """Training, with noise that anybody can draw again."""
     np.random.seed(7 + context.node_config["partition-id"])
@@ -21,5 +26,5 @@ def train(msg, context):
 
 
 app.evaluate()(evaluate_fn)
-clipping_app.train()(train_fn)
+clipping_app.train(mods=[fixedclipping_mod])(train_fn)
 clipping_app.evaluate()(evaluate_fn)

@@ -1,5 +1,7 @@
 """The same ClientApp with mods: updates are clipped and noised, and their size is logged."""
 
+import threading
+
 import numpy as np
 from flwr.clientapp import ClientApp
 from flwr.clientapp.mod import (
@@ -16,9 +18,17 @@ __all__ = ["app", "clipping_app"]
 
 app = ClientApp(mods=[message_size_mod])
 clipping_app = ClientApp()
+# NumPy's generator, from which LocalDpMod draws, is shared by clients of one process.
+drawing = threading.Lock()
 
 
-@app.train(mods=[arrays_size_mod, LocalDpMod(1.0, 1.0, 10.0, 1e-5)])
+def one_at_a_time(msg, context, call_next):
+    """A mod of the app's own."""
+    with drawing:
+        return call_next(msg, context)
+
+
+@app.train(mods=[one_at_a_time, arrays_size_mod, LocalDpMod(1.0, 1.0, 10.0, 1e-5)])
 def train(msg, context):
     """Training, with noise that anybody can draw again."""
     np.random.seed(7 + context.node_config["partition-id"])

@@ -5,18 +5,19 @@ from __future__ import annotations
 import json
 import random
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from flower_apps import APPS, AppFederation, quickstart
-from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import ServerApp
 from inprocess import InProcessGrid
 from links import LONG
-from processes import events
+from processes import events, until
 
 from fedkit.apps.bundle import read_app, read_pairs
 from fedkit.apps.membership import AppMembership
@@ -147,9 +148,7 @@ def without_a_network(app, folder, clients, *run_config):
     nodes = {
         number + 2: (
             app.client_app(),
-            new_context(
-                number + 2, {"partition-id": number, "num-partitions": clients}, config
-            ),
+            new_context(number + 2, {"partition-id": number, "num-partitions": clients}, config),
         )
         for number in range(clients)
     }
@@ -192,8 +191,6 @@ def test_the_numbers_are_those_of_the_same_app_without_a_network(
 
 
 def wait_for(federation, clients):
-    from processes import until
-
     until(lambda: sum(line.startswith("node ") for line in federation.lines) == clients)
 
 
@@ -210,10 +207,10 @@ def test_a_run_is_written_down(tmp_path, monkeypatch):
     told = events(run)
     rounds = [e["round"] for e in told if e["event"] == "answered" and e["exchange"] == "train"]
     assert sorted(rounds) == [1, 1, 2, 2]
-    assert [e["event"] for e in told][0] == "listen"
+    assert told[0]["event"] == "listen"
     assert told[-1]["event"] == "stop" and told[-1]["name"] == "completed"
     assert sum(e["event"] == "join" for e in told) == 2
-    assert 'num-server-rounds = 2\n' in (run / "run-config.toml").read_text()
+    assert "num-server-rounds = 2\n" in (run / "run-config.toml").read_text()
 
 
 def test_an_older_app_runs_as_it_is(tmp_path):
@@ -410,8 +407,6 @@ def test_the_state_outlives_the_process_and_an_answer_is_never_made_twice(folder
 
 
 def test_records_that_are_edited_in_place_are_kept(folder):
-    from flwr.app import Array, ArrayRecord
-
     app = ClientApp()
 
     @app.train()
@@ -461,12 +456,12 @@ def test_a_welcome_that_makes_no_sense_is_refused(folder, change, sentence):
 
 
 def test_another_app_or_version_is_refused_at_the_door(tmp_path):
-    from dataclasses import replace
-
     federation = AppFederation(
         tmp_path, quickstart(), server_app=asking(lambda grid, context: None), min_clients=1
     )
     for other in (replace(quickstart(), version="2.0"), read_app(APPS / "numpyclient")):
-        with pytest.raises(UsageError, match="runs the Flower App fedkit-tests/quickstart 1.0.0"):
+        with pytest.raises(
+            UsageError, match=r"runs the Flower App fedkit-tests/quickstart 1\.0\.0"
+        ):
             federation.client(0, app=other).result(LONG)
     federation.run(1)

@@ -6,6 +6,7 @@ import json
 import logging
 import sys
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -97,7 +98,9 @@ def server(
         security=security,
     )
     _flower_speaks()
-    path, summary = serve_app(plan, app.server_app(), _show)
+    # The app may print, and the summary on stdout is for a program.
+    with redirect_stdout(sys.stderr) if as_json else nullcontext():
+        path, summary = serve_app(plan, app.server_app(), _show)
     _print(summary, path, as_json=as_json)
 
 

@@ -155,7 +155,10 @@ def _of_client(directory: Path, federation: str | None) -> list[Found]:
         if name.endswith(_MODEL)
     ]
     if not found:
-        raise FedkitError(f"{folder} holds no model yet: its client has not trained.")
+        raise FedkitError(
+            f"{folder} holds no model yet: its client has not trained, or it runs a Flower App, which "
+            "keeps models in a way of its own."
+        )
     return sorted(found, key=lambda model: (model.label != OWN, model.label))
 
 

@@ -1,5 +1,7 @@
 """The network, the data, and what is done with both."""
 
+from functools import cache
+
 import torch
 from sklearn.datasets import load_digits
 from torch import nn
@@ -18,9 +20,15 @@ class Net(nn.Module):
         return self.out(torch.relu(self.hidden(x)))
 
 
+@cache
+def read_digits():
+    """All of them, read once in each process."""
+    return load_digits()
+
+
 def load_data(partition_id, num_partitions, batch_size, seed=0):
     """Every so many-th sample, four fifths of them for training."""
-    digits = load_digits()
+    digits = read_digits()
     images = torch.tensor(digits.data[partition_id::num_partitions] / 16, dtype=torch.float32)
     labels = torch.tensor(digits.target[partition_id::num_partitions])
     cut = len(labels) * 4 // 5

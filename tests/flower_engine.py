@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,9 +12,10 @@ from pathlib import Path
 
 from processes import ENVIRONMENT, free_port, until
 
-BIN = Path(sys.executable).parent
+# Where its commands are: beside Python, or wherever else they are found.
+PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 # Each of its processes imports a web server.
-VERY_LONG = 300
+VERY_LONG = 600
 
 
 class FlowerEngine:
@@ -28,7 +30,7 @@ class FlowerEngine:
             "FLWR_HOME": str(folder / "flwr"),
             "FLWR_TELEMETRY_ENABLED": "0",
             # A SuperLink starts its ServerApp's process by name.
-            "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+            "PATH": PATH,
         }
         (folder / "flwr").mkdir(parents=True)
         (folder / "flwr" / "config.toml").write_text(
@@ -48,22 +50,27 @@ class FlowerEngine:
             logs.append(stack.enter_context(node))
         until(lambda: all("SuperNode ID" in log.read_text() for log in logs), VERY_LONG)
 
-    def run(self, app: Path, run_config: str, result: Path, timeout: float = VERY_LONG) -> None:
-        """Run an app until it has written ``result``."""
-        words = [str(BIN / "flwr"), "run", str(app), "here", "--run-config", run_config]
-        subprocess.run(words, env=self._environment, check=True, capture_output=True, timeout=60)
-        until(result.exists, timeout)
-
-    def said(self) -> str:
-        """Everything that its processes have printed."""
-        return "\n".join(log.read_text() for log in sorted(self._folder.glob("*.log")))
+    def run(self, app: Path, run_config: str) -> str:
+        """Run an app to its end; gives what its ServerApp has logged."""
+        words = [_command("flwr"), "run", str(app), "here", "--stream", "--run-config", run_config]
+        done = subprocess.run(
+            words,
+            env=self._environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=VERY_LONG,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout
+        return done.stdout
 
     @contextmanager
     def _background(self, program: str, *arguments: str, name: str) -> Iterator[Path]:
         log = self._folder / f"{name}.log"
         with log.open("wb") as output:
             process = subprocess.Popen(
-                [str(BIN / program), *arguments],
+                [_command(program), *arguments],
                 cwd=self._folder,
                 env=self._environment,
                 stdout=output,
@@ -78,6 +85,12 @@ class FlowerEngine:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+
+
+def _command(name: str) -> str:
+    found = shutil.which(name, path=PATH)
+    assert found is not None, f"{name} is installed with flwr"
+    return found
 
 
 @contextmanager

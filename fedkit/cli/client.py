@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fedkit.cli import apps, terminal
+from fedkit.cli import flower_app, terminal
 from fedkit.cli.options import LOCAL_SERVER, Server, checked_address, with_settings
 from fedkit.errors import UsageError
 from fedkit.models.budget import read_bytes, read_depth, read_seconds, read_width
@@ -170,8 +170,8 @@ def client(
             "--reset-state", help="First move what the state directory keeps aside, and begin anew."
         ),
     ] = False,
-    app: apps.App = None,
-    node_config: apps.NodeConfig = None,
+    app: flower_app.App = None,
+    node_config: flower_app.NodeConfig = None,
     *,
     settings: dict[str, Any],
 ) -> None:
@@ -214,10 +214,10 @@ def client(
             "corrupt": corrupt,
             **{name: settings.get(name) for name in as_config(DataSettings())},
         }
-        apps.refuse_with_app(name for name, value in own.items() if value is not None)
-        apps.client(app, node_config, connection)
+        flower_app.refuse_with_app(name for name, value in own.items() if value is not None)
+        flower_app.client(app, node_config, connection)
         return
-    apps.refuse_without_app(node_config=node_config)
+    flower_app.refuse_without_app(node_config=node_config)
     broken = "" if corrupt is None or corrupt == NONE else corrupt
     read_noise(broken)
     sources = build(DataSettings, settings)

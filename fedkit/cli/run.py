@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fedkit.cli import apps, logs
+from fedkit.cli import flower_app, logs
 from fedkit.cli.options import (
     ConfigFile,
     Format,
@@ -62,8 +62,8 @@ def run(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print who would get what, and start nothing.")
     ] = False,
-    app: apps.App = None,
-    run_config: apps.RunConfig = None,
+    app: flower_app.App = None,
+    run_config: flower_app.RunConfig = None,
     format: Format = "text",
     *,
     settings: dict[str, Any],
@@ -75,12 +75,12 @@ def run(
 
     as_json = wants_json(format)
     values = layered(config, option, settings)
-    folder = apps.app_in(app, values)
+    folder = flower_app.app_in(app, values)
     if folder is not None:
-        apps.refuse_with_app(["dry-run"] if dry_run else [])
-        apps.run(folder, run_config, values, as_json=as_json)
+        flower_app.refuse_with_app(["dry-run"] if dry_run else [])
+        flower_app.run(folder, run_config, values, as_json=as_json)
         return
-    apps.refuse_without_app(run_config=run_config)
+    flower_app.refuse_without_app(run_config=run_config)
     plan = make_plan(values, local=True)
     if dry_run:
         from fedkit.engine.dryrun import dry_run as plan_only

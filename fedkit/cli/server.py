@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fedkit.cli import apps, logs, terminal
+from fedkit.cli import flower_app, logs, terminal
 from fedkit.cli.options import (
     ConfigFile,
     Format,
@@ -54,8 +54,8 @@ def server(
             "and is not over, else begin one there (for service managers).",
         ),
     ] = None,
-    app: apps.App = None,
-    run_config: apps.RunConfig = None,
+    app: flower_app.App = None,
+    run_config: flower_app.RunConfig = None,
     format: Format = "text",
     *,
     settings: dict[str, Any],
@@ -69,12 +69,12 @@ def server(
     as_json = wants_json(format)
     terminal.end_with_parent()
     typed = layered(config, option, settings, not_in_file=RunSettings)
-    folder = apps.app_in(app, typed)
+    folder = flower_app.app_in(app, typed)
     if folder is not None:
-        apps.refuse_with_app(["resume"] if resume else [])
-        apps.server(folder, run_config, typed, as_json=as_json)
+        flower_app.refuse_with_app(["resume"] if resume else [])
+        flower_app.server(folder, run_config, typed, as_json=as_json)
         return
-    apps.refuse_without_app(run_config=run_config)
+    flower_app.refuse_without_app(run_config=run_config)
     resumed = _run_to_resume(resume, typed)
     plan = make_plan(typed) if resumed is None else resumed_plan(resumed, typed)
     if resumed is not None and is_over(plan):

@@ -8,12 +8,18 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from flower_apps import APPS, AppFederation, quickstart
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.client.mod import secaggplus_mod
 from flwr.clientapp import ClientApp
+from flwr.common import ndarrays_to_parameters
 from flwr.common.constant import ErrorCode
+from flwr.server import LegacyContext, ServerConfig
+from flwr.server.strategy import FedAvg as OlderFedAvg
+from flwr.server.workflow import DefaultWorkflow, SecAggPlusWorkflow
 from flwr.serverapp import ServerApp
 from inprocess import InProcessGrid
 from links import LONG
@@ -465,3 +471,38 @@ def test_another_app_or_version_is_refused_at_the_door(tmp_path):
         ):
             federation.client(0, app=other).result(LONG)
     federation.run(1)
+
+
+# Flower's other machinery.
+
+
+@pytest.mark.parametrize("kept", [3, 4])
+def test_secure_aggregation_gives_the_mean(tmp_path, kept):
+    """SecAgg+ in four stages a round, in which clients send each other shares of their keys."""
+    plain = last_model(tmp_path / "plain", DefaultWorkflow(), [])
+    secure = DefaultWorkflow(SecAggPlusWorkflow(num_shares=kept, reconstruction_threshold=2))
+    masked = last_model(tmp_path / "masked", secure, [secaggplus_mod])
+    assert plain.any()
+    # Of 2**22 steps between -8 and 8, weighted.
+    np.testing.assert_allclose(masked, plain, atol=1e-4)
+
+
+def last_model(folder, workflow, mods):
+    """Of two rounds of FedAvg with four clients of the older app."""
+    app, found = read_app(APPS / "numpyclient"), []
+    app.client_app()  # from here on its package can be imported
+    from numpyclient.client_app import client_fn
+
+    def main(grid, context):
+        strategy = OlderFedAvg(
+            min_available_clients=4,
+            fraction_evaluate=0.0,
+            initial_parameters=ndarrays_to_parameters([np.zeros((64, 10))]),
+            on_fit_config_fn=lambda round: {"steps": 3},
+            evaluate_fn=lambda round, arrays, config: found.append(arrays[0]),
+        )
+        workflow(grid, LegacyContext(context, ServerConfig(num_rounds=2), strategy=strategy))
+
+    federation = AppFederation(folder, app, server_app=asking(main), min_clients=4)
+    federation.run(4, ClientApp(client_fn, mods=mods))
+    return found[-1]

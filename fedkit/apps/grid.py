@@ -132,7 +132,7 @@ class AppGrid(EngineGrid):
             expires = time.monotonic() + meta.created_at + meta.ttl - time.time()
             sent = _Sent(envelope_of(message), _round_of(message), expires)
             self._sent[key] = sent
-            self._tell("sent", message, meta.dst_node_id, sent.round)
+            self._tell("sent", sent, None, parcel.size)
         room = expires if deadline is None else min(expires, deadline)
         self._link.send(meta.dst_node_id, key, parcel, ACCOUNT + meta.message_type, room)
         return key
@@ -156,24 +156,24 @@ class AppGrid(EngineGrid):
         sent = self._settled(key)
         message = sent.envelope
         if isinstance(result, Lost):
-            return self._told("lost", unavailable_reply(message, result.reason), sent)
+            return self._told("lost", unavailable_reply(message, result.reason), sent, 0)
         try:
             reply = decode_message(result.take(), described=False)
             if reply.has_error():
                 error = Error(reply.error.code, plain(reply.error.reason))
-                return self._told("failed", Message(error, reply_to=message), sent)
+                return self._told("failed", Message(error, reply_to=message), sent, result.size)
             # Who answered, and when that was here, is what the link knows.
             answer = Message(reply.content, reply_to=message)
         except ValueError as error:
             unreadable = error_reply(message, f"its reply can't be read: {error}")
-            return self._told("failed", unreadable, sent)
+            return self._told("failed", unreadable, sent, result.size)
         answer.metadata.created_at = result.came_at
-        return self._told("answered", answer, sent)
+        return self._told("answered", answer, sent, result.size)
 
     def _expired(self, key: str) -> Message:
         self._link.withdraw([key])
         sent = self._settled(key)
-        return self._told("expired", expired_reply(sent.envelope), sent)
+        return self._told("expired", expired_reply(sent.envelope), sent, 0)
 
     def _settled(self, key: str) -> _Sent:
         with self._lock:
@@ -187,16 +187,16 @@ class AppGrid(EngineGrid):
         for key in late:
             self._expired(key)
 
-    def _told(self, outcome: str, reply: Message, sent: _Sent) -> Message:
+    def _told(self, outcome: str, reply: Message, sent: _Sent, size: int) -> Message:
+        reason = reply.error.reason if reply.has_error() else None
         with self._lock:
-            self._tell(outcome, reply, sent.envelope.metadata.dst_node_id, sent.round)
+            self._tell(outcome, sent, reason, size)
         return reply
 
-    def _tell(self, outcome: str, message: Message, node_id: int, round: int | None) -> None:
+    def _tell(self, outcome: str, sent: _Sent, reason: str | None, size: int) -> None:
         self.outcomes[outcome] += 1
-        reason = message.error.reason if message.has_error() else None
-        kind = message.metadata.message_type
-        self._emit(Event(outcome, round, kind, node_id, reason, _size_of(message)))
+        meta = sent.envelope.metadata
+        self._emit(Event(outcome, sent.round, meta.message_type, meta.dst_node_id, reason, size))
 
 
 def _round_of(message: Message) -> int | None:
@@ -205,13 +205,6 @@ def _round_of(message: Message) -> int | None:
         return int(message.metadata.group_id)
     told = [config.get("server-round") for config in message.content.config_records.values()]
     return next((round for round in told if isinstance(round, int)), None)
-
-
-def _size_of(message: Message) -> int:
-    """Bytes of the records in a message, as Flower counts them."""
-    if not message.has_content():
-        return 0
-    return sum(record.count_bytes() for record in message.content.values())
 
 
 def carried(accounts: Mapping[str, int]) -> dict[str, int]:

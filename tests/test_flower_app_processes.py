@@ -146,3 +146,17 @@ def test_two_clients_are_bit_equal_to_flower_s_own_engine(tmp_path):
         run_on_the_link(APPS / "numpyclient", f'result="{ours}"', tmp_path / "older")
         engine.run(APPS / "numpyclient", f'result="{theirs}"')
         assert json.loads(ours.read_text()) == json.loads(theirs.read_text())
+
+
+@pytest.mark.slow
+def test_four_clients_are_equal_to_flower_s_own_engine_within_rounding(tmp_path):
+    """There replies are summed as they arrive."""
+    ours, theirs = tmp_path / "ours.pt", tmp_path / "theirs.pt"
+    config = "num-server-rounds=2 fraction-evaluate=0.0"
+    run_on_the_link(QUICKSTART, f'{config} final-model="{ours}"', tmp_path / "link", clients=4)
+    with flower_engine(tmp_path / "engine", 4) as engine:
+        engine.run(QUICKSTART, f'{config} final-model="{theirs}"')
+    found, expected = model(ours), model(theirs)
+    assert found.keys() == expected.keys()
+    for name, array in expected.items():
+        assert (found[name] - array).abs().max() <= 1e-6 * array.abs().max(), name

@@ -104,7 +104,7 @@ class AppMembership:
 
         from fedkit.flower import app_error_reply, encode_message
 
-        # Configurations are each message's own, as on a node that starts a process for it.
+        # What an app writes into its configurations is not kept: only the state outlives a process.
         context = Context(
             self._run_id,
             self._node_id,

@@ -119,7 +119,7 @@ def read_app(folder: Path) -> FlowerApp:
             "would take."
         ) from None
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        said = " ".join(str(error).split())
+        said = " ".join(str(error).split()).rstrip(".")
         raise UsageError(f"{folder} is no Flower App: {said}.") from error
     if "agentapp" in components:
         raise UsageError(f"{name} is an AgentApp, which needs Flower's own engine: `flwr run`.")

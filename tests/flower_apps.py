@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import shutil
+import sys
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from flwr.app import Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
-from flwr.serverapp import ServerApp
+from flwr.serverapp import Grid, ServerApp
 from links import LONG, background
 from processes import until
 
@@ -41,6 +44,36 @@ def with_client(folder: Path, client_app: str) -> Path:
 def _table(app: FlowerApp) -> dict[str, Any]:
     table: dict[str, Any] = app.project["tool"]["flwr"]["app"]
     return table
+
+
+def asking(what: Callable[[Grid, Context], Any]) -> ServerApp:
+    """A ServerApp whose main is ``what``."""
+    app = ServerApp()
+    app.main()(what)
+    return app
+
+
+def counting() -> ClientApp:
+    """Counts, and fails when it is told to; whatever it does, it has counted before."""
+    app = ClientApp()
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        count = context.state.metric_records.get("count", MetricRecord({"n": 0}))["n"] + 1
+        context.state["count"] = MetricRecord({"n": count})
+        how = message.content["config"].get("fail", "")
+        if how == "raise":
+            raise ZeroDivisionError("division by zero")
+        if how == "exit":
+            sys.exit("enough")
+        if how == "state":
+            context.state = {}
+        if how == "reply":
+            return None
+        content = RecordDict({"metrics": MetricRecord({"n": count})})
+        return Message(content, reply_to=message)
+
+    return app
 
 
 class AppFederation:

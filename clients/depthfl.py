@@ -12,6 +12,7 @@ from clients.common import client_app
 from clients.edge import OWN, Edge
 from clients.fedavg import add_train
 from clients.private import local_epochs
+from clients.static_norm import add_statistics, narrower
 from fedkit.models.exit_loss import joint_loss, read_weights
 from fedkit.models.slicing import slicing_of
 
@@ -44,3 +45,4 @@ def update(edge: Edge, context: Context, config: ConfigRecord) -> dict[str, floa
 
 app = client_app(local_work, updates.upload_bytes, fit=depth.fitted)
 add_train(app, update)
+add_statistics(app, narrower(lambda edge: f"exits:{edge.depth}:{edge.settings.model}"))

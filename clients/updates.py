@@ -17,7 +17,8 @@ from torch import nn
 
 from clients import shared
 from clients.common import reply
-from clients.edge import Edge
+from clients.edge import OWN, Edge
+from clients.probing import default_upload
 from fedkit.knowledge.arrays import as_arrays, as_record
 from fedkit.knowledge.reduction import Arrays
 from fedkit.knowledge.relevance import agreement, read_threshold
@@ -75,13 +76,18 @@ def answer(
     return reply(message, edge, metrics, {"update": sent, "arrays": ArrayRecord(others)})
 
 
-def upload_bytes(edge: Edge, content: RecordDict) -> int:
-    """Tensor bytes, at most, of the reply to an instruction with that content."""
+def upload_bytes(edge: Edge, content: RecordDict, slot: str = OWN) -> int:
+    """Tensor bytes, at most, of the reply to an instruction with that content.
+
+    Where weights came those of the network in ``slot`` go back.
+    """
+    if "arrays" not in content.array_records:
+        return default_upload(edge, content)
     came, config = content.array_records["arrays"], content.config_records["config"]
-    codec = str(config.get("update-codec", "float32"))
-    names = shared.returning(edge.own, came, config)
+    model, codec = edge.models[slot], str(config.get("update-codec", "float32"))
+    names = shared.returning(model, came, config)
     sent = ArrayRecord({name: came[name] for name in names})
-    return sent_bytes(codec, sent, parameters_of(edge.own))
+    return sent_bytes(codec, sent, parameters_of(model))
 
 
 def _unexplained(edge: Edge, loss: float) -> dict[str, float]:

@@ -29,11 +29,11 @@ def received_models(
     """
     reading, noise = Reading(strategy), NoiseWeights(strategy)
     for member, content in strategy.answers(replies):
-        if reading.skipped(content, sent(member)):
+        if reading.skipped(member, content, sent(member)):
             continue
         try:
             examples = 1.0 if weighting == "equal" else _examples(content)
-            model = reading.model(content, sent(member))
+            model = reading.model(member, content, sent(member))
             noise.take(member, content)
             yield member, examples * noise.factor(member), model
         except ValueError as reason:

@@ -7,7 +7,7 @@ from typing import cast
 
 from flwr.app import ConfigRecord, Context
 
-from clients import depth, updates
+from clients import depth, updates, width
 from clients.common import client_app
 from clients.edge import OWN, Edge
 from clients.fedavg import add_train
@@ -27,8 +27,7 @@ def local_work(edge: Edge, context: Context, slot: str, config: ConfigRecord) ->
     if edge.width is None:
         return local_epochs(edge, context, slot, config, loss=loss)
     slicing = slicing_of(f"exits:{edge.settings.model}", edge.data.shape, edge.outputs)
-    with slicing.scaled(edge.models[slot], edge.width):
-        return local_epochs(edge, context, slot, config, loss=loss)
+    return width.scaled_epochs(edge, context, slot, config, slicing, edge.width, loss)
 
 
 def distillation_weight(config: ConfigRecord) -> float:

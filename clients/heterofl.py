@@ -13,7 +13,6 @@ from clients import updates, width
 from clients.common import client_app
 from clients.edge import OWN, Edge
 from clients.fedavg import add_train
-from clients.private import local_epochs
 from clients.static_norm import add_statistics, narrower
 from fedkit.knowledge.held import pack_classes
 from fedkit.models.levels import read_levels
@@ -32,8 +31,8 @@ def local_work(edge: Edge, context: Context, slot: str, config: ConfigRecord) ->
         held[_classes(edge)] = True
         loss = masked_cross_entropy(held)
     slicing = slicing_of(edge.settings.model, edge.data.shape, edge.outputs)
-    with slicing.scaled(edge.models[slot], share if config["scaler"] else 1.0):
-        return local_epochs(edge, context, slot, config, loss=loss)
+    divisor = share if config["scaler"] else 1.0
+    return width.scaled_epochs(edge, context, slot, config, slicing, divisor, loss)
 
 
 def update(edge: Edge, context: Context, config: ConfigRecord) -> dict[str, float]:

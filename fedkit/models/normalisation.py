@@ -39,6 +39,12 @@ def normalisation_of(model: nn.Module) -> frozenset[str]:
     )
 
 
+def tracks(model: nn.Module) -> bool:
+    """Whether training moves running statistics of batch normalisation."""
+    layers = (layer for layer in model.modules() if isinstance(layer, _BatchNorm))
+    return any(layer.track_running_stats for layer in layers)
+
+
 @contextmanager
 def untracked(model: nn.Module) -> Iterator[None]:
     """Within it, training leaves running statistics as they are; batches are normalised by their own."""

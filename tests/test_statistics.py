@@ -261,11 +261,11 @@ def test_with_widths_drawn_anew_each_has_statistics_of_its_own():
 
     def look(instruction, reply):
         kind, client = instruction.metadata.message_type, instruction.metadata.dst_node_id - 2
-        config = instruction.content.config_records["config"]
+        told = instruction.content.config_records
         if kind == "train":
-            trained.setdefault(client, []).append(config["width"])
+            trained.setdefault(client, []).append(told["config"]["width"])
         if kind == "evaluate":
-            measured.setdefault(client, []).append(config["model"])
+            measured.setdefault(client, []).append(told["config"]["model"])
         return reply
 
     run = run_of(look, **DYNAMIC)

@@ -273,8 +273,17 @@ def test_fedavg_refuses_bad_weights_by_name_and_goes_on(make, reason):
         lambda content: content.pop("metrics"),
         lambda content: content.update({"metrics": MetricRecord({"num-examples": -5})}),
         lambda content: content.update({"metrics": MetricRecord({"num-examples": float("nan")})}),
+        lambda content: content["metrics"].update({"num-examples": 2**62}),
     ],
-    ids=["no arrays", "one missing", "one more", "no metrics", "negative", "nan examples"],
+    ids=[
+        "no arrays",
+        "one missing",
+        "one more",
+        "no metrics",
+        "negative",
+        "nan",
+        "too many",
+    ],
 )
 def test_fedavg_refuses_a_reply_that_is_no_model(spoil):
     def change(kind, round, client, reply):

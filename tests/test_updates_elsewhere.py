@@ -181,7 +181,7 @@ def test_a_client_teaches_what_its_update_makes_of_the_model_and_who_skips_teach
                 {name: came[name] + change for name, change in zip(moved, changes, strict=True)}
             )
         until.append(len(wanted))
-    assert 0 < skips and rounds[1:] == until
+    assert skips > 0 and rounds[1:] == until
     for ours, theirs in zip(taught, wanted, strict=True):
         for name, values in theirs.items():
             np.testing.assert_array_equal(ours[name], values, err_msg=name)

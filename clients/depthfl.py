@@ -13,7 +13,8 @@ from clients.edge import OWN, Edge
 from clients.fedavg import add_train
 from clients.private import local_epochs
 from clients.static_norm import add_statistics, narrower
-from fedkit.models.exit_loss import joint_loss, read_weights
+from fedkit.models.exit_loss import for_exits, joint_loss, read_weights
+from fedkit.models.exits import MultiExit
 from fedkit.models.slicing import slicing_of
 
 
@@ -39,7 +40,14 @@ def distillation_weight(config: ConfigRecord) -> float:
 
 def update(edge: Edge, context: Context, config: ConfigRecord) -> dict[str, float]:
     """The E epochs on the own model, and what they tell."""
-    return {"train_loss": local_work(edge, context, OWN, config)}
+    loss = local_work(edge, context, OWN, config)
+    told = {"train_loss": loss}
+    if config["robust"]:
+        # Each exit adds to the loss, and no client is to count less for the depth of its network.
+        assert isinstance(edge.own, MultiExit)
+        weights = for_exits(read_weights(cast(str, config["exit-weights"])), edge.own.depth)
+        told |= updates.unexplained(edge, loss / (sum(weights) or 1.0))
+    return told
 
 
 app = client_app(local_work, updates.upload_bytes, fit=depth.fitted)

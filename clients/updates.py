@@ -45,11 +45,12 @@ def answer(
         edge: whose reply it is.
         model: that was trained from w.
         trained: what of it goes back, w_k.
-        metrics: to be told beside.
+        metrics: to be told beside; with ``robust`` its ``unexplained``, where ``train_loss`` is no single
+            network's.
     """
     config = message.content.config_records["config"]
     if config.get("robust", False):
-        metrics = {**metrics, **_unexplained(edge, metrics["train_loss"])}
+        metrics = {**unexplained(edge, metrics["train_loss"]), **metrics}
     came = message.content.array_records["arrays"]
     codec = make_update_codec(cast(str, config.get("update-codec", "float32")))
     threshold = read_threshold(cast(str, config.get("relevance", "")))
@@ -90,7 +91,7 @@ def upload_bytes(edge: Edge, content: RecordDict, slot: str = OWN) -> int:
     return sent_bytes(codec, sent, parameters_of(model))
 
 
-def _unexplained(edge: Edge, loss: float) -> dict[str, float]:
+def unexplained(edge: Edge, loss: float) -> dict[str, float]:
     """Which part of its labels' entropy (in nats) a client's loss leaves; nothing where there is none.
 
     Nor where no epoch was done (FedProx' partial work): that loss is 0, and explains nothing.

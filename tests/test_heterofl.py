@@ -438,11 +438,6 @@ def test_levels_are_taken_the_widest_first():
     assert read_levels("0.25, 1,0.5") == (1.0, 0.5, 0.25)
 
 
-def test_statistics_of_ones_own_need_one_width():
-    with pytest.raises(UsageError, match="assignment=fix"):
-        InProcessFederation(**{**SMALL, "assignment": "dynamic", "buffers": "local"})
-
-
 def test_an_optimisers_moments_need_one_width():
     """Moments of another width would be read beyond their end: torch checks no shapes."""
     with pytest.raises(UsageError, match="keep-optimiser=false"):

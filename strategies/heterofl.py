@@ -44,6 +44,7 @@ from strategies.averaging import received_models
 from strategies.buffers import Travelling, travelling
 from strategies.heterofl_settings import PRESETS, HeteroFLHyperparameters
 from strategies.level_norm import LevelNorm, LevelState
+from strategies.outer import check_outer, outer_step
 from strategies.updates import check_updates, weights_traffic
 
 
@@ -52,9 +53,11 @@ class HeteroFLState(LevelState):
     """What HeteroFL remembers beside the levels in use.
 
     Attributes:
+        momentum: the outer optimiser's u, by tensor (float64).
         trained: with ``buffers=local`` the widest level at which each client has trained, by client.
     """
 
+    momentum: Arrays = field(default_factory=dict)
     trained: dict[int, float] = field(default_factory=dict)
 
 
@@ -81,6 +84,7 @@ class HeteroFL(FederatedStrategy):
     def check(cls, settings: FederationSettings, hyper: Any) -> None:
         """Levels that are some, and settings that go together."""
         super().check(settings, hyper)
+        check_outer(hyper)
         check_updates(hyper)
         read_levels(hyper.levels)
         if hyper.assignment == "dynamic" and hyper.keep_optimiser:
@@ -165,8 +169,11 @@ class HeteroFL(FederatedStrategy):
         return self.instruct(members, "train", server_round, content)
 
     def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> Aggregated:
-        """theta <- for each element the mean over its holders; without any, as it was."""
-        mean = HeldMean(self._global)
+        """theta <- for each element the mean over its holders, or as ``outer`` steps towards that.
+
+        Without any holder an element stays as it was, but for momentum.
+        """
+        mean, any_came = HeldMean(self._global), False
         for member, weight, part in received_models(
             self,
             server_round,
@@ -183,8 +190,12 @@ class HeteroFL(FederatedStrategy):
                     continue
                 part, indices = holding(part, indices, self.sliced.slicing.logits, classes)
             mean.add(weight, part, indices)
+            any_came = any_came or weight > 0
             self._note_trained(member)
-        return as_record(mean.result()), None
+        if not any_came:
+            return None, None
+        before, after = as_record(self._global), as_record(mean.result())
+        return outer_step(self, server_round, before, after), None
 
     def before_evaluate(self) -> Sequence[Exchange]:
         """With static statistics, gather them for every level."""

@@ -44,9 +44,10 @@ COPIES = {
 # As FedAvg: what else the server and the teacher do is left out.
 PLAIN = {"feddf": FEDDF | {"steps": 0}, "feddistill": COPIES | {"distill_weight": 0.0}}
 WAYS = [
-    {"update_codec": "float16"},
-    {"update_codec": "topk:0.1"},
-    {"relevance": "0.7"},
+    *(
+        pytest.param(way, marks=pytest.mark.slow)
+        for way in ({"update_codec": "float16"}, {"update_codec": "topk:0.1"}, {"relevance": "0.7"})
+    ),
     {"update_codec": "topk:0.3", "relevance": "0.55", "buffers": "static"},
 ]
 both = pytest.mark.parametrize("name", PLAIN)

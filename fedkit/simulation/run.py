@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from fedkit.devices.profiles import profiles
 from fedkit.durable import make_folder
-from fedkit.engine.events import Listener
+from fedkit.engine.events import Event, Listener
 from fedkit.engine.local import Result, runnable
 from fedkit.engine.local_clients import local_clients
 from fedkit.engine.plan import Plan
@@ -120,7 +120,14 @@ class _SimulatedRun(Run):
             live=max(1, self._workers.live_clients // count),
             profiles=tuple(profiles(local.emulate)) if local.emulate else (),
         )
-        self._grid = SimulationGrid(equipment, count, self._name, self._worked)
+        self._grid = SimulationGrid(
+            equipment,
+            count,
+            self._name,
+            self._worked,
+            batched=self._workers.batched,
+            warn=lambda sentence: self.emit(Event("warning", name=sentence)),
+        )
         return self._grid
 
     def elapsed(self) -> float:

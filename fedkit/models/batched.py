@@ -121,6 +121,9 @@ class _Stack:
         self._parameters = [dict(call.model.named_parameters()) for call in calls]
         self._buffers = [dict(call.model.named_buffers()) for call in calls]
         self._forward = vmap(partial(functional_call, calls[0].model), randomness="error")
+        # Those who took part in the last step, and their tensors, which are parts of these.
+        self._some: list[int] = []
+        self._stacks: tuple[dict[str, Tensor], dict[str, Tensor]] = {}, {}
 
     def train(self) -> list[float]:
         calls, count = self._calls, len(self._calls)
@@ -144,6 +147,7 @@ class _Stack:
             total.index_add_(0, self._on_device(some), losses * self._on_device(sizes))
             for one, size in zip(some, sizes, strict=True):
                 seen[one] += size
+        self._take_apart()
         _give_back(joint, calls)
         sums = total.tolist()
         return [lost / max(n, 1) for lost, n in zip(sums, seen, strict=True)]
@@ -162,10 +166,7 @@ class _Stack:
         rows = pad_sequence(batches, batch_first=True).to(self._device)
         inputs = self._samples.inputs(rows.flatten()).view(*rows.shape, *self._samples.shape)
         targets = [target[rows] for target in self._targets]
-        parameters = _stacked([self._parameters[one] for one in some])
-        for name, stack in parameters.items():
-            stack.requires_grad_(self._parameters[0][name].requires_grad)
-        buffers = _stacked([self._buffers[one] for one in some])
+        parameters, buffers = self._put_together(some)
         logits = self._forward((parameters, buffers), (inputs,))
         losses = self._losses(some, logits, targets, sizes)
         losses.sum().backward()  # type: ignore[no-untyped-call]
@@ -173,9 +174,28 @@ class _Stack:
             if stack.grad is not None:
                 for one, gradient in zip(some, stack.grad, strict=True):
                     self._parameters[one][name].grad = gradient
-        for name, stack in buffers.items():
-            torch._foreach_copy_([self._buffers[one][name] for one in some], list(stack))
+                stack.grad = None
         return losses.detach()
+
+    def _put_together(self, some: list[int]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The tensors of those who take part, stacked; their own are parts of the stacks meanwhile."""
+        if some != self._some:
+            self._take_apart()
+            self._some = some
+            of_some = [self._parameters[one] for one in some], [self._buffers[one] for one in some]
+            self._stacks = _stacked(of_some[0]), _stacked(of_some[1])
+            for stacks, tensors in zip(self._stacks, of_some, strict=True):
+                for name, stack in stacks.items():
+                    for mine, part in zip(tensors, stack, strict=True):
+                        mine[name].data = part
+            for name, stack in self._stacks[0].items():
+                stack.requires_grad_(self._parameters[0][name].requires_grad)
+        return self._stacks
+
+    def _take_apart(self) -> None:
+        for one in self._some:
+            for tensor in (*self._parameters[one].values(), *self._buffers[one].values()):
+                tensor.data = tensor.data.clone()
 
     def _losses(
         self, some: list[int], logits: Tensor, targets: list[Tensor], sizes: list[int]

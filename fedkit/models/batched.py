@@ -92,13 +92,28 @@ def examine(steps: Steps) -> Verdict:
     return Verdict("", normalises or not torch.allclose(beside_another, beside_itself))
 
 
+class Failed(Exception):
+    """Training stopped at one of the calls, whose ``number`` this is; the cause says why."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"call {number} failed")
+        self.number = number
+
+
 def train_batched(calls: Sequence[Steps], *, mixes: bool) -> list[float]:
     """Take the steps of several calls of one ``structure``; returns each one's mean loss.
 
     In each step those take part who still have a batch, and the shorter batches are padded; with ``mixes``,
     where padding would be seen, only batches of one size are trained at once, the most frequent first.
+
+    Raises:
+        Failed: a call's loss raised something, or all together did; no model is whole then.
     """
-    return _Stack(calls, mixes).train()
+    stack = _Stack(calls, mixes)
+    try:
+        return stack.train()
+    except Exception as error:  # a loss is its client's own code, which may raise anything
+        raise Failed(stack.at) from error
 
 
 class _Stack:
@@ -118,6 +133,8 @@ class _Stack:
         self._targets = [torch.cat(column) for column in columns]
         self._plain = all(call.loss is cross_entropy for call in calls)
         self._mixes = mixes
+        # Whose loss is computed.
+        self.at = 0
         self._parameters = [dict(call.model.named_parameters()) for call in calls]
         self._buffers = [dict(call.model.named_buffers()) for call in calls]
         self._forward = vmap(partial(functional_call, calls[0].model), randomness="error")
@@ -144,7 +161,8 @@ class _Stack:
                 _step_alone(calls[one])
                 for parameter in self._parameters[one].values():
                     parameter.grad = None
-            total.index_add_(0, self._on_device(some), losses * self._on_device(sizes))
+            lost = losses * self._on_device(sizes)
+            total.index_add_(0, self._on_device(some), lost.to(total.dtype))
             for one, size in zip(some, sizes, strict=True):
                 seen[one] += size
         self._take_apart()
@@ -201,13 +219,11 @@ class _Stack:
         self, some: list[int], logits: Tensor, targets: list[Tensor], sizes: list[int]
     ) -> Tensor:
         if not self._plain:
-            each = zip(some, sizes, logits, *targets, strict=True)
-            return torch.stack(
-                [
-                    self._calls[one].loss(mine[:size], *(target[:size] for target in wanted))
-                    for one, size, mine, *wanted in each
-                ]
-            )
+            losses = []
+            for self.at, size, mine, *wanted in zip(some, sizes, logits, *targets, strict=True):
+                few = (target[:size] for target in wanted)
+                losses.append(self._calls[self.at].loss(mine[:size], *few))
+            return torch.stack(losses)
         (labels,) = targets
         counts = self._on_device(sizes)
         beyond = torch.arange(labels.shape[1], device=self._device) >= counts[:, None]

@@ -13,7 +13,7 @@ from typing import Generic, TypeVar
 
 import torch
 
-from fedkit.models.batched import Verdict, examine, hooked, structure, train_batched
+from fedkit.models.batched import Failed, Verdict, examine, hooked, structure, train_batched
 from fedkit.models.training import TAKEN_BY, Steps, one_by_one
 
 T = TypeVar("T")
@@ -36,6 +36,7 @@ class Rendezvous(Generic[T]):
         self.apart: dict[int, str] = {}
         self._clients = [_Client(work, number) for number, work in enumerate(works)]
         self._resumed = resumed
+        self._failed: _Client[T] | None = None
 
     def results(self) -> Iterator[tuple[int, T]]:
         """Do it; yields the number of each work and what it returned, in the order in which they end.
@@ -45,7 +46,8 @@ class Rendezvous(Generic[T]):
         """
         going = self._clients
         while going:
-            for client in going:
+            # What ends a run is not kept waiting.
+            for client in sorted(going, key=lambda client: client is not self._failed):
                 self._resumed(client.number)
                 client.go_on()
                 if client.ended:
@@ -62,15 +64,24 @@ class Rendezvous(Generic[T]):
             else:
                 alike[structure(client.asks)].append(client)
         for kind, group in alike.items():
-            steps = [client.asks for client in group]
-            verdict = _verdict(kind, steps[0])
+            if len(group) == 1:
+                continue
+            verdict = _verdict(kind, group[0].asks)
             if verdict.why_not:
                 self.apart |= {client.number: verdict.why_not for client in group}
-            elif len(group) > 1:
-                for client, loss in zip(
-                    group, train_batched(steps, mixes=verdict.mixes), strict=True
-                ):
-                    client.loss = loss
+            else:
+                self._train_alike(group, verdict)
+
+    def _train_alike(self, group: Sequence[_Client[T]], verdict: Verdict) -> None:
+        try:
+            losses = train_batched([client.asks for client in group], mixes=verdict.mixes)
+        except Failed as failed:
+            self._failed = group[failed.number]
+            for client in group:
+                client.error = failed.__cause__
+            return
+        for client, loss in zip(group, losses, strict=True):
+            client.loss = loss
 
 
 # What was found out about a kind of network holds for the next client that has it.
@@ -91,6 +102,7 @@ class _Client(Generic[T]):
         self.asks: Steps
         # Of the steps asked for, if somebody else took them.
         self.loss: float | None = None
+        self.error: BaseException | None = None
         self._work = work
         self._answers: list[T] = []
         self._failed: BaseException | None = None
@@ -128,4 +140,6 @@ class _Client(Generic[T]):
         self._rests.release()
         self._may.acquire()
         torch.set_rng_state(random)
+        if self.error is not None:
+            raise self.error
         return one_by_one(steps) if self.loss is None else self.loss

@@ -131,7 +131,8 @@ class _Stack:
         self._samples = replace(calls[0].samples, data=data)
         columns = zip(*(call.targets for call in calls), strict=True)
         self._targets = [torch.cat(column) for column in columns]
-        self._plain = all(call.loss is cross_entropy for call in calls)
+        labelled = not self._targets[0].is_floating_point()
+        self._plain = labelled and all(call.loss is cross_entropy for call in calls)
         self._mixes = mixes
         # Whose loss is computed.
         self.at = 0

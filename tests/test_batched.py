@@ -1,6 +1,5 @@
-"""Clients whose networks train as one: each gets what it would have got alone, and whoever can't is told why."""
+"""Clients whose networks train as one: each gets what it would have got alone; who can't, is told why."""
 
-import time
 from dataclasses import replace
 from functools import partial
 
@@ -10,7 +9,6 @@ from inprocess import InProcessFederation, InProcessGrid
 from torch import nn
 
 from fedkit.data.samples import Samples
-from fedkit.errors import UsageError
 from fedkit.flower import decode_message, encode_message, set_message_id
 from fedkit.models.batched import Failed, examine, structure, train_batched
 from fedkit.models.build import build_model

@@ -354,7 +354,13 @@ def measured(federation):
     }
 
 
-@pytest.mark.parametrize("strategy", CASES)
+QUICK = ("fedprox", "fedbn", "fedmd", "ktpfl", "heterofl")
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CASES],
+)
 def test_a_federation_of_batched_clients_measures_what_it_would(strategy, stacks):
     """Losses within a ten-thousandth; of accuracies, a sample in fifty may fall on the other side."""
     usual = measured(InProcessFederation(strategy=strategy, **CASES[strategy]))

@@ -201,12 +201,10 @@ class _Stack:
         if some != self._some:
             self._take_apart()
             self._some = some
-            of_some = [self._parameters[one] for one in some], [self._buffers[one] for one in some]
-            self._stacks = _stacked(of_some[0]), _stacked(of_some[1])
-            for stacks, tensors in zip(self._stacks, of_some, strict=True):
-                for name, stack in stacks.items():
-                    for mine, part in zip(tensors, stack, strict=True):
-                        mine[name].data = part
+            self._stacks = (
+                _joined([self._parameters[one] for one in some]),
+                _joined([self._buffers[one] for one in some]),
+            )
             for name, stack in self._stacks[0].items():
                 stack.requires_grad_(self._parameters[0][name].requires_grad)
         return self._stacks
@@ -221,9 +219,9 @@ class _Stack:
     ) -> Tensor:
         if not self._plain:
             losses = []
-            for self.at, size, mine, *wanted in zip(some, sizes, logits, *targets, strict=True):
-                few = (target[:size] for target in wanted)
-                losses.append(self._calls[self.at].loss(mine[:size], *few))
+            for row, (self.at, size) in enumerate(zip(some, sizes, strict=True)):
+                wanted = (target[row, :size] for target in targets)
+                losses.append(self._calls[self.at].loss(logits[row, :size], *wanted))
             return torch.stack(losses)
         (labels,) = targets
         counts = self._on_device(sizes)
@@ -243,6 +241,15 @@ class _Stack:
 def _stacked(tensors: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     with torch.no_grad():
         return {name: torch.stack([mine[name] for mine in tensors]) for name in tensors[0]}
+
+
+def _joined(tensors: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Stack them by name; from now on each of them is a part of its stack."""
+    stacks = _stacked(tensors)
+    for name, stack in stacks.items():
+        for mine, part in zip(tensors, stack, strict=True):
+            mine[name].data = part
+    return stacks
 
 
 def _joins(call: Steps) -> bool:

@@ -9,6 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from importlib import import_module
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -24,6 +25,7 @@ from fedkit.flower import (
     parts_of,
     set_message_id,
 )
+from fedkit.registry import load
 from fedkit.simulation.sharing import Bundle, bundle, discard, unbundle
 from fedkit.simulation.worker import Done, Equipment, Task, work
 
@@ -103,6 +105,9 @@ class SimulationGrid(EngineGrid):
         # A forked process has everything that is imported and loaded here already. torch's own threads,
         # which it would not have, are waited for there for ever.
         fork = sys.platform == "linux" and int(equipment.run_config["threads"]) == 1
+        if fork:
+            load("clients", equipment.strategy)
+            import_module("torch._dynamo")  # as the first optimiser would: seconds, in each worker
         context: Any = multiprocessing.get_context("fork" if fork else "spawn")
         try:
             for _ in range(workers):

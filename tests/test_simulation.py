@@ -20,8 +20,10 @@ from fedkit import Federation
 from fedkit.engine.driver import Driver
 from fedkit.engine.events import Event
 from fedkit.errors import FedkitError, UsageError
+from fedkit.models.batched import Verdict
 from fedkit.registry import split
 from fedkit.settings import as_config
+from fedkit.simulation import rendezvous
 from fedkit.simulation.grid import SimulationGrid
 from fedkit.simulation.progress import SimulationBar
 from fedkit.simulation.sharing import SMALL, bundle, discard, unbundle
@@ -154,6 +156,20 @@ def test_a_client_that_fails_ends_the_run_whatever_fifty_others_are_busy_with(
     assert "Traceback" in trace and "fedavg.py" in trace
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="workers are not forked")
+def test_clients_that_can_t_be_batched_have_the_usual_numbers_and_why_is_told_once(
+    tmp_path, monkeypatch
+):
+    usual = InProcessFederation(**FEDAVG).run()["digest"]
+    monkeypatch.setattr(rendezvous, "_verdicts", {})
+    monkeypatch.setattr(rendezvous, "examine", lambda steps: Verdict("it is shy"))
+    federation, told = InProcessFederation(**FEDAVG), []
+    with simulation(tmp_path, federation, batched=2, warn=told.append) as grid:
+        assert digest_of(federation, grid) == usual
+    sentence = "since it is shy: its clients train one after the other."
+    assert told == [f"logistic can't be batched, {sentence}"]
+
+
 def test_a_worker_that_is_killed_ends_the_run(tmp_path):
     federation = InProcessFederation(**FEDAVG)
     with simulation(tmp_path, federation, workers=1) as grid:
@@ -222,7 +238,7 @@ def test_python_simulates_what_it_would_run(tmp_path):
     batched = Federation(**KTPFL, run_dir=str(tmp_path / "together")).simulate(batched=4)
     for mean in ("mean_personal_accuracy", "mean_global_accuracy"):
         assert batched.summary[mean] == pytest.approx(result.summary[mean], abs=0.02)
-    with pytest.raises(UsageError, match="no setting 'worker'.*workers"):
+    with pytest.raises(UsageError, match=r"no setting 'worker'.*workers"):
         federation.simulate(worker=2)
     emulated = Federation(**KTPFL, run_dir=str(tmp_path / "emulated"), emulate="pi4")
     with pytest.raises(UsageError, match="--batched and --emulate don't go together"):

@@ -25,6 +25,7 @@ EXAMPLES = """\b
 Examples:
   fedkit simulate --clients 100 --strategy ktpfl --models lenet,cnn --rounds 20
   fedkit simulate --clients 1000 --strategy fedavg --select uniform:0.05 --eval-every 10
+  fedkit simulate --clients 200 --strategy fedavg --model mlp:32 --models mlp:32 --batched 16
   fedkit simulate --clients 20 --strategy fedmd --workers 8 --device cuda
   fedkit simulate --config runs/2026-11-21T17-45-03-ktpfl/config.toml
 """
@@ -63,7 +64,7 @@ def simulate(
     """
     from fedkit.engine.plan import make_plan
     from fedkit.report import print_result
-    from fedkit.simulation.progress import SimulationProgress
+    from fedkit.simulation.progress import SimulationBar
     from fedkit.simulation.run import simulate as run_simulation
 
     as_json = wants_json(format)
@@ -72,13 +73,11 @@ def simulate(
     workers = build(WorkerSettings, values)
     own = {key(item.name) for item in fields(WorkerSettings)}
     plan = make_plan({k: v for k, v in values.items() if k not in own}, local=True)
-    progress = SimulationProgress(
-        logs.progress(plan.federation),
-        plan.federation.rounds,
-        bar=not (terminal.quiet or logs.as_json),
-    )
+    shown = not (terminal.quiet or logs.as_json)
+    bar = SimulationBar(plan.federation.rounds, shown=shown)
+    progress = logs.progress(plan.federation, bar.console)
     try:
-        result = run_simulation(plan, workers, [progress.take], progress.worked)
+        result = run_simulation(plan, workers, [progress.take, bar.take], bar.worked)
     finally:
-        progress.close()
+        bar.close()
     print_result(result.summary, result.directory, as_json=as_json)

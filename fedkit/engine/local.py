@@ -26,7 +26,7 @@ from fedkit.engine.local_clients import LocalClient, local_clients
 from fedkit.engine.plan import Plan, make_plan, named_here
 from fedkit.errors import FedkitError, UsageError
 from fedkit.rundir import default_path, read_events
-from fedkit.settings import as_config
+from fedkit.settings import FederationSettings, as_config, build, merge, refuse_unknown
 
 Listener = Callable[[Event], None]
 
@@ -85,6 +85,31 @@ class Federation:
             FedkitError: a process failed; the sentence names it and its first error.
         """
         return run_local(self.plan, list(listeners))
+
+    def simulate(self, *listeners: Listener, **workers: bool | int) -> Result:
+        """Run it without a network, as `fedkit simulate` does; the numbers are those of ``run``.
+
+        Args:
+            listeners: take every event.
+            workers: that command's own settings, in Python's spelling: ``workers=8, batched=16``.
+
+        Raises:
+            UsageError: an unknown name or a value out of range.
+            FedkitError: a client's own code failed (its traceback is in the notes), a worker died, ...
+        """
+        import torch
+
+        from fedkit.simulation.run import simulate
+        from fedkit.simulation.settings import WorkerSettings
+
+        own = merge(workers)
+        refuse_unknown(own, [WorkerSettings])
+        # The server's half works in this process, with --threads; whoever called may want more.
+        threads = torch.get_num_threads()
+        try:
+            return simulate(self.plan, build(WorkerSettings, own), listeners)
+        finally:
+            torch.set_num_threads(threads)
 
 
 def run_local(plan: Plan, listeners: list[Listener]) -> Result:

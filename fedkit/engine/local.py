@@ -26,7 +26,7 @@ from fedkit.engine.local_clients import LocalClient, local_clients
 from fedkit.engine.plan import Plan, make_plan, named_here
 from fedkit.errors import FedkitError, UsageError
 from fedkit.rundir import default_path, read_events
-from fedkit.settings import FederationSettings, as_config, build, merge, refuse_unknown
+from fedkit.settings import as_config, build, merge, refuse_unknown
 
 Listener = Callable[[Event], None]
 

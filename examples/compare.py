@@ -1,7 +1,8 @@
-"""Compare strategies over several seeds, each run a federation of real processes.
+"""Compare strategies over several seeds, each run a federation of real processes, or simulated.
 
     python examples/compare.py examples/*.toml                       # Fashion-MNIST, or digits without it
     python examples/compare.py --strategies fedmd,ktpfl --seeds 1,2,3  # the defaults of `fedkit run`
+    python examples/compare.py --simulate clients=20       # without a network, as `fedkit simulate`
 
 prints mean and spread (standard deviation over seeds) of the clients' mean accuracy, alone and together,
 as rows of a Markdown table. Any setting of `fedkit run` may follow, as KEY=VALUE. Two reference lines come
@@ -45,6 +46,9 @@ def main() -> None:
     parser.add_argument("--strategies", default="", help="comma-separated, with fedkit's defaults")
     parser.add_argument("--seeds", default="1,2,3")
     parser.add_argument("--no-references", action="store_true", help="without local and central")
+    parser.add_argument(
+        "--simulate", action="store_true", help="in worker processes: the same numbers, sooner"
+    )
     parser.add_argument("what", nargs="*", metavar="FILE.toml or KEY=VALUE")
     arguments = parser.parse_args()
     files = [Path(word) for word in arguments.what if "=" not in word]
@@ -65,7 +69,7 @@ def main() -> None:
     print("| | " + " | ".join(COLUMNS) + " | server's model | up, down a round | seconds |")
     print("|---" * (len(COLUMNS) + 4) + "|")
     for name, settings in runs.items():
-        print(row(name, settings, seeds), flush=True)
+        print(row(name, settings, seeds, simulated=arguments.simulate), flush=True)
 
 
 def read(file: Path) -> dict[str, Any]:
@@ -92,10 +96,11 @@ def reference(strategy: str, settings: dict[str, Any]) -> dict[str, Any]:
     return {**mine, "strategy": strategy, "model": models[0], "models": ",".join(models)}
 
 
-def row(name: str, settings: dict[str, Any], seeds: list[int]) -> str:
+def row(name: str, settings: dict[str, Any], seeds: list[int], *, simulated: bool) -> str:
     """One row of the table: a federation run once for each seed."""
+    run = Federation.simulate if simulated else Federation.run
     try:
-        results = [Federation(**{**settings, "seed": seed}).run() for seed in seeds]
+        results = [run(Federation(**{**settings, "seed": seed})) for seed in seeds]
     except FedkitError as error:
         return f"| {name} | {error} |"
     runs = [result.summary for result in results]

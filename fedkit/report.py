@@ -22,12 +22,25 @@ from fedkit.settings import FederationSettings
 class Progress:
     """Prints a line a round, and in a terminal what is going on meanwhile."""
 
-    def __init__(self, settings: FederationSettings, *, quiet: bool = False) -> None:
-        """Progress of a run with these settings; ``quiet`` leaves only warnings."""
+    def __init__(
+        self,
+        settings: FederationSettings,
+        *,
+        quiet: bool = False,
+        beside: Console | None = None,
+    ) -> None:
+        """Progress of a run with these settings.
+
+        Args:
+            settings: of the federation.
+            quiet: nothing but warnings.
+            beside: where somebody else shows what is going on meanwhile.
+        """
         self._rounds = settings.rounds
         self._wanted = settings.min_clients
         self._quiet = quiet
-        self._console = Console(stderr=True, highlight=False)
+        self._console = beside or Console(stderr=True, highlight=False)
+        self._silent = quiet or beside is not None
         self._history = History()
         self._status: Status | None = None
 
@@ -75,7 +88,7 @@ class Progress:
             self._console.print(text, soft_wrap=True)
 
     def _now(self, text: str) -> None:
-        if self._quiet:
+        if self._silent:
             return
         if not self._console.is_terminal:
             if text.startswith("waiting"):

@@ -1,421 +1,225 @@
-"""fedkit's apps for Flower's engine, over a grid and nodes in this process."""
+"""Somebody's Flower App on the link, unchanged: its numbers, and what Flower promises its two halves."""
+
+from __future__ import annotations
 
 import json
-import re
-import tomllib
+import random
+import sys
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, RecordDict
-from inprocess import InProcessFederation, InProcessGrid
+import torch
+from flower_apps import APPS, AppFederation, asking, counting, quickstart
+from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.common.constant import ErrorCode
+from inprocess import InProcessGrid
+from links import LONG
+from processes import events, until
 
-from fedkit.engine.driver import Driver
+from fedkit.apps.bundle import read_app
 from fedkit.errors import FedkitError, UsageError
-from fedkit.flower import (
-    check_arrays,
-    decode_message,
-    encode_message,
-    error_reply,
-    new_context,
-    take_identity,
-)
-from fedkit.flower_engine.client import NodeApp
-from fedkit.flower_engine.grid import FlowerGrid
-from fedkit.flower_engine.node import read_node
-from fedkit.flower_engine.server import app as server_app
-from fedkit.flower_engine.settings import given, keys
-from fedkit.flower_engine.shards import Shards
-from fedkit.flower_engine.told import NO_SHARD, RECORD, Told, take_told
-from fedkit.settings import FederationSettings, as_config
-
-ROOT = Path(__file__).resolve().parent.parent
-TINY = {"clients": 2, "rounds": 2, "models": "logistic", "model": "logistic", "local_epochs": 1}
-FEDAVG = TINY | {"strategy": "fedavg"}
-KTPFL = TINY | {"strategy": "ktpfl", "public": "digits:64", "models": "logistic,mlp:8"}
+from fedkit.flower import new_context, take_identity
 
 
 @pytest.fixture(autouse=True)
-def _identity():
-    """As Flower gives to its processes, without which there are no messages."""
+def identity():
+    yield
     take_identity()
 
 
-class FlowersOwn(InProcessGrid):
-    """Stands for Flower's grid and its nodes: a process for each message, a context for each node."""
-
-    def __init__(self, configs):
-        apps = {
-            node_id: (NodeApp(), new_context(node_id, dict(config)))
-            for node_id, config in configs.items()
-        }
-        super().__init__(apps)
-        self.sent = []
-
-    def answer(self, sent):
-        self.sent.append(sent)
-        app, context = self.apps[sent.metadata.dst_node_id]
-        process = Context(1, context.node_id, context.node_config, context.state, {})
-        return decode_message(encode_message(app(decode_message(encode_message(sent)), process)))
-
-    def get_nodes(self):
-        return []
+def model(file: Path) -> dict[str, torch.Tensor]:
+    return dict(torch.load(file))
 
 
-def nodes(federation, **change):
-    """Node configs as two SuperNodes' owners would write them, by node id."""
-    contexts = [context for _, context in federation.grid.apps.values()]
-    return {
-        7 - at: {
-            "partition-id": at,
-            "num-partitions": len(contexts),
-            "model": context.node_config["model"],
-            "device": "cpu",
-            **{name.replace("_", "-"): value(at) for name, value in change.items()},
-        }
-        for at, context in enumerate(contexts)
+def without_a_network(app, folder, clients, *run_config):
+    """The same components on a grid that calls the ClientApp itself."""
+    config = app.run_config([*run_config, f'final-model="{folder / "expected.pt"}"'])
+    take_identity()
+    nodes = {
+        number + 2: (
+            app.client_app(),
+            new_context(number + 2, {"partition-id": number, "num-partitions": clients}, config),
+        )
+        for number in range(clients)
     }
-
-
-def driven(federation, flowers, monkeypatch, federation_id="abc"):
-    """The federation's driver over fedkit's apps; Flower's waiting takes no time here."""
-    monkeypatch.setattr(FlowerGrid, "poll_s", 0.0)
-    settings = federation.plan.federation
-    shards = Shards(settings.num_shards, {})
-    grid = FlowerGrid(flowers, federation_id, as_config(settings), shards.offer)
-
-    def why_not(node_id, facts):
-        taken = shards.take(facts["client"], node_id, flowers.get_node_ids())
-        return taken or federation.view.why_not(facts) or federation.strategy.why_not(facts)
-
-    return Driver(
-        federation.strategy,
-        grid,
-        settings,
-        federation.emit,
-        check=why_not,
-        offer=federation.view.offer,
-        evaluate_fn=lambda round, arrays: federation.view.measure(
-            federation.strategy.server_models(arrays), federation.strategy.measured
-        ),
-    )
-
-
-def digest(federation, flowers, monkeypatch):
-    driven(federation, flowers, monkeypatch).run(federation.strategy.initial_arrays())
-    return federation.history.digest()
-
-
-@pytest.mark.parametrize("case", [FEDAVG, KTPFL], ids=["fedavg", "ktpfl"])
-@pytest.mark.parametrize("on_disk", [False, True], ids=["context", "state-dir"])
-def test_the_numbers_are_those_of_the_other_engines(case, on_disk, tmp_path, monkeypatch):
-    usual = InProcessFederation(**case).run()["digest"]
-    federation = InProcessFederation(**case)
-    change = {"state_dir": lambda at: str(tmp_path / f"device-{at}")} if on_disk else {}
-    flowers = FlowersOwn(nodes(federation, **change))
-    assert digest(federation, flowers, monkeypatch) == usual
-    for _, context in flowers.apps.values():
-        # With a folder there is nothing that Flower would have to carry to and fro.
-        assert (not context.state) == on_disk
-
-
-def test_nodes_that_name_no_shard_get_the_free_ones_in_order(monkeypatch):
-    federation = InProcessFederation(**FEDAVG)
-    configs = nodes(federation)
-    for config in configs.values():
-        del config["partition-id"]
-    flowers = FlowersOwn(configs)
-    driver = driven(federation, flowers, monkeypatch)
-    driver.run(federation.strategy.initial_arrays())
-    assert {m.node_id: m.client for m in driver.roster.members.values()} == {6: 0, 7: 1}
-
-
-def test_a_node_with_a_folder_and_no_shard_keeps_the_one_that_it_had(tmp_path):
-    federation = InProcessFederation(**FEDAVG | {"clients": 3})
-    context = new_context(4, {"state-dir": str(tmp_path), "device": "cpu"})
-    settings, offer = as_config(federation.plan.federation), federation.view.offer(False)
-    for offered in (2, 0):
-        reply = asked(context, Told("abc", "k", offered, settings), offer)
-        assert reply.content["join"]["client"] == 2
-
-
-def asked(context, told, offer=None):
-    """What a node answers to the question to join."""
-    content = RecordDict({**(offer or {}), RECORD: told.record()})
-    return NodeApp()(Message(content, context.node_id, "query.join", group_id="0"), context)
-
-
-def test_a_repeated_instruction_is_answered_and_not_done_again(tmp_path, monkeypatch):
-    """A round below the quorum is repeated; who has answered trains once, in either memory."""
-    for change in ({}, {"state_dir": lambda at: str(tmp_path / f"device-{at}")}):
-        case = FEDAVG | {"quorum": 1.0}
-        usual = InProcessFederation(**FEDAVG).run()["digest"]
-        federation = InProcessFederation(**case)
-        flowers = FlowersOwn(nodes(federation, **change))
-        lost = []
-
-        def lose_once(sent, reply, lost=lost):
-            once = sent.metadata.message_type == "train" and sent.metadata.dst_node_id == 6
-            if once and not lost:
-                lost.append(sent)
-                return None
-            return reply
-
-        flowers.tamper = lose_once
-        assert digest(federation, flowers, monkeypatch) == usual
-        assert lost
-        repeated = [sent for sent in flowers.sent if sent.metadata.message_type == "train"]
-        assert len(repeated) == 6  # two rounds of two clients, one of them asked twice
-
-
-def test_a_node_that_was_started_anew_goes_on_from_its_folder(tmp_path, monkeypatch):
-    """With another node id, and nothing of it in Flower's memory."""
-    usual = InProcessFederation(**KTPFL).run()["digest"]
-    federation = InProcessFederation(**KTPFL)
-    flowers = FlowersOwn(nodes(federation, state_dir=lambda at: str(tmp_path / f"device-{at}")))
-    driver = driven(federation, flowers, monkeypatch)
-
-    def start_anew(round, arrays):
-        if round == 1:
-            app, context = flowers.apps.pop(6)
-            flowers.apps[9] = app, new_context(9, dict(context.node_config))
-
-    driver._round_over = start_anew
-    driver.run(federation.strategy.initial_arrays())
-    assert sorted(driver.roster.members) == [7, 9]
-    assert federation.history.digest() == usual
-
-
-def test_what_fails_on_a_node_is_a_sentence_at_the_server(monkeypatch):
-    federation = InProcessFederation(**FEDAVG | {"min_clients": 1})
-    flowers = FlowersOwn(nodes(federation, model=lambda at: "logistic" if at else "lenett"))
-    driven(federation, flowers, monkeypatch).run(federation.strategy.initial_arrays())
-    (warning,) = {text for text in federation.warnings() if "lenett" in text}
-    assert warning.startswith("a client could not join: There is no model 'lenett' (did you mean")
+    app.server_app()(InProcessGrid(nodes), new_context(1, {}, config))
+    return model(folder / "expected.pt")
 
 
 @pytest.mark.parametrize(
-    ("config", "sentence"),
+    ("strategy", "client_app", "clients"),
     [
-        ({"num-partitions": 3}, "num-shards=2, .*--node-config says num-partitions=3: change one"),
-        ({"dataset": "mnist", "partition-id": 0}, "dataset=digits, .* says dataset=mnist"),
-        ({"width": 2}, "width"),
-        ({"memory-budget": "much"}, "A size is a number with a unit"),
-        ({"partition-id": "first"}, "partition-id must be a whole number"),
+        ("FedAvg", "client_app:app", 2),
+        ("FedAvg", "client_app:app", 4),
+        ("FedProx", "client_app:app", 2),
+        ("FedAdam", "client_app:app", 2),
+        ("FedAvg", "private_app:app", 2),
+        ("ClippedFedAvg", "private_app:clipping_app", 2),
     ],
 )
-def test_a_node_config_that_can_not_be_meant_is_told_to_the_server(config, sentence):
-    federation = InProcessFederation(**FEDAVG)
-    told = Told("abc", "k", 0, as_config(federation.plan.federation))
-    reply = asked(new_context(4, config), told, federation.view.offer(False))
-    assert re.search(sentence, reply.error.reason)
+def test_the_numbers_are_those_of_the_same_app_without_a_network(
+    tmp_path, strategy, client_app, clients
+):
+    app = quickstart(clientapp=f"quickstart.{client_app}")
+    settings = f'strategy="{strategy}" num-server-rounds=2 fraction-evaluate=0.5'
+    result = tmp_path / "final.pt"
+    random.seed(3)  # from which Flower draws who takes part, and in which order
+    federation = AppFederation(
+        tmp_path, app, settings, f'final-model="{result}"', min_clients=clients
+    )
+    # Nodes are numbered as they come.
+    for number in range(clients):
+        federation.client(number, of=clients)
+        if number < clients - 1:
+            wait_for(federation, number + 1)
+    federation.result()
+    random.seed(3)
+    expected = without_a_network(app, tmp_path, clients, settings)
+    found = model(result)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-def test_a_node_config_may_hold_what_other_apps_want(caplog):
-    node, _ = read_node({"modle": "lenet", "partition-id": 1, "width": 0.5})
-    assert (node.partition_id, node.width) == (1, "0.5")
-    assert "did you mean model?" in caplog.text
+def wait_for(federation, clients):
+    until(lambda: sum(line.startswith("node ") for line in federation.lines) == clients)
 
 
-def test_a_full_federation_says_so():
-    told = Told("abc", "k", NO_SHARD, as_config(FederationSettings(num_shards=2)))
-    reply = asked(new_context(4, {}), told)
-    assert reply.error.reason == "This federation is full: all its 2 shards are taken."
+def test_a_run_is_written_down(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    summary = AppFederation(tmp_path, quickstart(), "num-server-rounds=2").run(2)
+    assert (tmp_path / "final_model.pt").exists()  # where the app's own code puts it
+    run = tmp_path / "run"
+    assert json.loads((run / "summary.json").read_text()) == summary
+    assert summary["status"] == "completed" and summary["app"] == "fedkit-tests/quickstart"
+    assert summary["messages"] == {"sent": 8, "answered": 8}
+    assert summary["sent_down"] == sum(summary["sent_down_by_type"].values()) > 40_000
+    assert set(summary["sent_up_by_type"]) == {"train", "evaluate"}
+    told = events(run)
+    rounds = [e["round"] for e in told if e["event"] == "answered" and e["exchange"] == "train"]
+    assert sorted(rounds) == [1, 1, 2, 2]
+    assert told[0]["event"] == "listen"
+    assert told[-1]["event"] == "stop" and told[-1]["name"] == "completed"
+    assert sum(e["event"] == "join" for e in told) == 2
+    assert "num-server-rounds = 2\n" in (run / "run-config.toml").read_text()
 
 
-def message_with(**change):
-    record = {**Told("abc", "k", 0, as_config(FederationSettings())).record(), **change}
-    content = RecordDict({RECORD: ConfigRecord(record)})
-    return Message(content, 4, "train", group_id="1")
+def ask(grid, kind="train", **config) -> list[Message]:
+    content = RecordDict({"config": ConfigRecord(config)})
+    return list(grid.send_and_receive([Message(content, n, kind) for n in grid.get_node_ids()]))
 
 
-def test_what_a_server_tells_arrives():
-    told = Told("abc", "abc/1/train/1", 3, as_config(FederationSettings(rounds=7)))
-    message = Message(RecordDict({RECORD: told.record()}), 4, "train")
-    assert take_told(message) == told
-    assert RECORD not in message.content
+def test_the_contexts_are_those_that_flower_gives(tmp_path):
+    seen, app = {}, ClientApp()
+
+    @app.query()
+    def query(message: Message, context: Context) -> Message:
+        seen["client"] = context
+        context.run_config["batch-size"] = context.node_config["extra"] = 0  # its own business
+        return Message(RecordDict(), reply_to=message)
+
+    def main(grid, context):
+        seen["server"], seen["run"] = context, grid.run
+        for _ in range(2):
+            ask(grid, "query")
+
+    federation = AppFederation(
+        tmp_path, quickstart(), "batch-size=5", server_app=asking(main), min_clients=1
+    )
+    federation.client(1, client_app=app, extra="word")
+    run_id = federation.result()["run_id"]
+    server, client = seen["server"], seen["client"]
+    assert (server.run_id, server.node_id, server.node_config) == (run_id, 1, {})
+    assert client.run_id == seen["run"].run_id == run_id
+    assert server.run_config == {**client.run_config, "batch-size": 5}
+    assert client.run_config["batch-size"] == 0
+    assert client.node_config == {"partition-id": 1, "num-partitions": 2, "extra": 0}
+    assert client.node_id == 2 and not client.state
+
+
+def test_lifespans_and_mods_are_run(tmp_path):
+    happened = []
+
+    def mod(message, context, call_next):
+        happened.append("mod")
+        return call_next(message, context)
+
+    client_app = ClientApp(mods=[mod])
+
+    @client_app.lifespan()
+    def around(context):
+        happened.append("enter")
+        yield
+        happened.append("leave")
+
+    @client_app.train()
+    def train(message, context):
+        happened.append("train")
+        return Message(RecordDict(), reply_to=message)
+
+    server_app = asking(lambda grid, context: ask(grid))
+
+    @server_app.lifespan()
+    def whole(context):
+        happened.append("begin")
+        yield
+        happened.append("end")
+
+    federation = AppFederation(tmp_path, quickstart(), server_app=server_app, min_clients=1)
+    federation.client(0, client_app=client_app)
+    federation.result()
+    assert happened == ["begin", "enter", "mod", "train", "leave", "end"]
+
+
+def test_what_the_client_app_raises_is_an_error_reply_and_the_client_lives_on(tmp_path):
+    replies = {}
+
+    def main(grid, context):
+        for how in ("raise", "exit", "state", "reply", "nothing"):
+            (replies[how],) = ask(grid, fail=how)
+        (replies["evaluate"],) = ask(grid, "evaluate")
+
+    federation = AppFederation(tmp_path, quickstart(), server_app=asking(main), min_clients=1)
+    goodbye = federation.client(0, client_app=counting())
+    summary = federation.result()
+    assert "is over" in goodbye.result(LONG)
+    # As Flower's own node words it.
+    reason = "<class 'ZeroDivisionError'>:<'division by zero'>"
+    assert replies["raise"].error.reason == reason
+    for how in ("raise", "exit", "state", "reply", "evaluate"):
+        assert replies[how].error.code == ErrorCode.CLIENT_APP_RAISED_EXCEPTION, how
+    assert "SystemExit" in replies["exit"].error.reason
+    # What it did before it failed counts, as on Flower's own node.
+    assert replies["nothing"].content["metrics"]["n"] == 5
+    assert summary["messages"] == {"sent": 6, "answered": 1, "failed": 5}
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("failing", "sentence"),
     [
-        {"version": "0.0.1"},
-        {"id": "../elsewhere"},
-        {"shard": "first"},
-        {"settings": "{"},
-        {"settings": "[1]"},
-        {"settings": '{"rounds": "many"}'},
+        (lambda grid, context: 1 / 0, "ServerApp failed with ZeroDivisionError"),
+        (lambda grid, context: sys.exit(3), "ServerApp failed with SystemExit: 3"),
     ],
 )
-def test_what_a_server_tells_is_checked(change):
-    with pytest.raises(FedkitError):
-        take_told(message_with(**change))
+def test_a_server_app_that_fails_ends_the_run_with_a_sentence(tmp_path, failing, sentence):
+    federation = AppFederation(tmp_path, quickstart(), server_app=asking(failing), min_clients=1)
+    client = federation.client(0)
+    with pytest.raises(FedkitError, match=sentence):
+        federation.result()
+    with pytest.raises(FedkitError, match=f"The server ended: The {sentence}"):
+        client.result(LONG)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["status"] == "failed" and sentence in summary["stop_reason"]
 
 
-def test_a_message_of_another_app_is_refused():
-    with pytest.raises(FedkitError, match="no fedkit"):
-        take_told(Message(RecordDict(), 4, "train"))
-
-
-def test_the_numbers_of_a_reply_are_those_that_it_describes():
-    check_arrays(RecordDict({"a": ArrayRecord({"w": Array(np.zeros((2, 3)))})}))
-    for wrong in (
-        Array("float64", (1 << 40,), "numpy.ndarray", b"few"),
-        Array("object", (1,), "numpy.ndarray", b""),
-        Array("no type", (1,), "numpy.ndarray", b"12345678"),
-    ):
-        with pytest.raises(ValueError):
-            check_arrays(RecordDict({"a": ArrayRecord({"w": wrong})}))
-
-
-class Answering(FlowersOwn):
-    """A grid with what somebody answers; ``None``: nothing yet."""
-
-    def __init__(self, replies):
-        super().__init__({4: {}, 5: {}})
-        self.replies = replies
-
-    def answer(self, sent):
-        reply = self.replies[sent.metadata.dst_node_id]
-        return error_reply(sent, "not yet") if reply is None else reply(sent)
-
-    def pull_messages(self, message_ids):
-        found = super().pull_messages(message_ids)
-        for reply in found:
-            if reply.has_error() and reply.error.reason == "not yet":
-                self._replies[reply.metadata.reply_to_message_id] = reply
-        return [r for r in found if r.metadata.reply_to_message_id not in self._replies]
-
-
-def flower_grid(flowers):
-    settings = as_config(FederationSettings())
-    return FlowerGrid(flowers, "abc", settings, Shards(20, {}).offer)
-
-
-def instructions(*node_ids):
-    return [Message(RecordDict(), node_id, "train", group_id="1") for node_id in node_ids]
-
-
-def test_replies_come_in_the_order_of_sending_and_silence_ends_at_the_timeout():
-    done = ConfigRecord({"done": True})
-    flowers = Answering({4: None, 5: lambda m: Message(RecordDict({"c": done}), reply_to=m)})
-    late, answered = flower_grid(flowers).send_and_receive(instructions(4, 5), timeout=0.3)
-    assert late.metadata.src_node_id == 4
-    assert late.error.reason == "it had not answered when the time was up"
-    assert answered.metadata.src_node_id == 5 and answered.content["c"]["done"]
-
-
-def test_an_instruction_is_not_delivered_after_the_round():
-    (message,) = instructions(4)
-    came = []
-
-    def done(sent):
-        came.append(sent.metadata.ttl)
-        return Message(RecordDict(), reply_to=sent)
-
-    list(flower_grid(Answering({4: done})).send_and_receive([message], timeout=12.0))
-    assert came == [12.0]
-
-
-def test_what_comes_from_a_node_is_checked_and_made_plain():
-    huge = RecordDict({"a": ArrayRecord({"w": Array("float32", (1 << 50,), "numpy.ndarray", b"")})})
-    flowers = Answering(
-        {
-            4: lambda m: Message(huge, reply_to=m),
-            5: lambda m: Message(Error(2, "a\x1b[31m\nb" + "c" * 9999), reply_to=m),
-        }
+def test_another_app_or_version_is_refused_at_the_door(tmp_path):
+    federation = AppFederation(
+        tmp_path, quickstart(), server_app=asking(lambda grid, context: None), min_clients=1
     )
-    described, told = flower_grid(flowers).send_and_receive(instructions(4, 5), timeout=1.0)
-    assert "described as larger" in described.error.reason
-    assert told.error.reason.startswith("a [31m bccc") and len(told.error.reason) < 1000
-
-
-def test_a_shard_is_a_node_s_own_word_or_the_next_free_one():
-    shards = Shards(3, {})
-    assert [shards.offer(node, [7, 8, 9]) for node in (7, 8, 9)] == [0, 1, 2]
-    assert shards.offer(10, [7, 8, 9, 10]) == NO_SHARD
-    # What was offered does not bind a node that knows better, and frees what it leaves.
-    assert shards.take(1, 7, [7, 8, 9]) is None
-    assert "taken by another node" in shards.take(1, 8, [7, 8, 9])
-    assert shards.offer(8, [7, 8, 9]) == 0
-    assert shards.take(0, 8, [7, 8, 9]) is None
-    # A node that is gone leaves its shard to one that has none.
-    assert shards.offer(10, [8, 9, 10]) == 1
-    assert shards.take(1, 10, [8, 9, 10]) is None
-    assert shards.holders() == {0: 8, 1: 10}
-    for nonsense in (3, -1, "0", None):
-        assert "There is no shard" in shards.take(nonsense, 9, [])
-
-
-def test_every_setting_may_stand_in_a_run_config():
-    """And nothing else: Flower takes no key that the app does not declare."""
-    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["flwr"]["app"]
-    wanted = keys()
-    lines = "\n".join(f'{name} = ""' for name in wanted)
-    assert list(declared["config"]) == wanted, f"[tool.flwr.app.config] should hold:\n{lines}"
-    assert set(declared["config"].values()) == {""}
-
-
-def test_settings_of_a_run_config_win_over_options_and_these_over_the_file(tmp_path):
-    file = tmp_path / "settings.toml"
-    file.write_text('rounds = 2\nseed = 2\npatience = 2\nstrategy = "fedmd"\n')
-    config = dict.fromkeys(keys(), "") | {
-        "config": str(file),
-        "option": "seed=3 patience=3 note='two words'",
-        "patience": 4,
-        "resume": "auto",
-    }
-    values, resume = given(config)
-    assert values == {
-        "rounds": 2,
-        "seed": "3",
-        "patience": 4,
-        "strategy": "fedmd",
-        "note": "two words",
-    }
-    assert resume == "auto"
-    assert given(dict.fromkeys(keys(), "")) == ({}, None)
-    with pytest.raises(UsageError, match="key=value"):
-        given({"option": "seed"})
-    with pytest.raises(UsageError, match="no settings file"):
-        given({"config": str(tmp_path / "none.toml")})
-
-
-def test_the_server_app_writes_a_run_directory_and_goes_on_in_it(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(FlowerGrid, "poll_s", 0.0)
-    usual = InProcessFederation(**FEDAVG | {"alone": False}).run()["digest"]
-    federation = InProcessFederation(**FEDAVG | {"alone": False})
-    flowers = FlowersOwn(nodes(federation, state_dir=lambda at: str(tmp_path / f"device-{at}")))
-    run_dir = tmp_path / "run"
-    config = dict.fromkeys(keys(), "") | {
-        "strategy": "fedavg",
-        "model": "logistic",
-        "local-epochs": 1,
-        "num-shards": 2,
-        "rounds": 1,
-        "run-dir": str(run_dir),
-    }
-    serve(flowers, config)
-    summary = json.loads((run_dir / "summary.json").read_text())
-    assert (summary["engine"], summary["status"], summary["rounds"]) == ("flower", "completed", 1)
-    # Another SuperLink run, and other node ids: the same federation.
-    flowers.apps = {node + 10: app for node, app in flowers.apps.items()}
-    again = config | {"resume": str(run_dir), "run-dir": "", "rounds": 2, "rejoin-wait": 0.0}
-    serve(flowers, again)
-    summary = json.loads((run_dir / "summary.json").read_text())
-    assert (summary["rounds"], summary["digest"]) == (2, usual)
-    assert (run_dir / "models" / "global.safetensors").exists()
-    serve(flowers, again)
-    assert "nothing to go on with" in capsys.readouterr().out
-
-
-def serve(flowers, config):
-    """What Flower does with the app."""
-    server_app(flowers, Context(1, 1, {}, RecordDict(), config))
-
-
-def test_the_server_app_tells_what_is_wrong_in_a_sentence(tmp_path, capsys):
-    with pytest.raises(UsageError):
-        serve(FlowersOwn({}), {"strategy": "ktplf", "run-dir": str(tmp_path / "run")})
-    assert "Error: There is no strategy 'ktplf' (did you mean ktpfl" in capsys.readouterr().err
-    assert not (tmp_path / "run").exists()
+    for other in (replace(quickstart(), version="2.0"), read_app(APPS / "numpyclient")):
+        with pytest.raises(
+            UsageError, match=r"runs the Flower App fedkit-tests/quickstart 1\.0\.0"
+        ):
+            federation.client(0, app=other).result(LONG)
+    federation.run(1)

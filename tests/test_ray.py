@@ -9,7 +9,7 @@ import pytest
 from flwr.app import Context, Error, Message, RecordDict
 from inprocess import InProcessFederation, bits
 from processes import fedkit
-from test_flower_app import FlowersOwn
+from test_flower_nodes import FlowersOwn
 
 from fedkit.engine.plan import make_plan
 from fedkit.errors import FedkitError, UsageError
@@ -183,6 +183,12 @@ def test_devices_are_not_emulated_on_ray(tmp_path, monkeypatch):
     plan = planned(**KTPFL, emulate="pi4", run_dir=str(tmp_path / "run"))
     with pytest.raises(UsageError, match="--emulate"):
         ray.simulate(plan, WorkerSettings(engine="ray"))
+
+
+def test_clients_are_not_batched_on_ray(tmp_path, monkeypatch):
+    monkeypatch.setattr(ray, "_is_installed", lambda: True)
+    with pytest.raises(UsageError, match="--batched"):
+        ray.simulate(planned(**KTPFL), WorkerSettings(engine="ray", batched=2))
 
 
 def test_a_client_takes_its_threads_and_a_share_of_the_gpus(monkeypatch):

@@ -10,16 +10,22 @@ from contextlib import contextmanager
 
 import numpy as np
 import pytest
+import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from inprocess import InProcessFederation
 
+from fedkit import Federation
 from fedkit.engine.driver import Driver
-from fedkit.errors import FedkitError
+from fedkit.engine.events import Event
+from fedkit.errors import FedkitError, UsageError
+from fedkit.models.batched import Verdict
 from fedkit.registry import split
 from fedkit.settings import as_config
+from fedkit.simulation import rendezvous
 from fedkit.simulation.grid import SimulationGrid
+from fedkit.simulation.progress import SimulationBar
 from fedkit.simulation.sharing import SMALL, bundle, discard, unbundle
 from fedkit.simulation.store import Store
 from fedkit.simulation.worker import Equipment
@@ -31,7 +37,7 @@ HETEROFL = TINY | {"strategy": "heterofl", "model": "mlp:16", "widths": "1,0.5",
 
 
 @contextmanager
-def simulation(tmp_path, federation, workers=2, live=100, **change):
+def simulation(tmp_path, federation, workers=2, live=100, batched=1, warn=print, **change):
     """The federation's clients, in worker processes."""
     for name in ("shared", "states"):
         (tmp_path / name).mkdir(exist_ok=True)
@@ -47,7 +53,8 @@ def simulation(tmp_path, federation, workers=2, live=100, **change):
     )
     for name, value in change.items():
         object.__setattr__(equipment, name, value)
-    grid = SimulationGrid(equipment, workers, lambda client: f"client {client}")
+    names = "client {}".format
+    grid = SimulationGrid(equipment, workers, names, batched=batched, warn=warn)
     try:
         yield grid
     finally:
@@ -128,6 +135,41 @@ def test_the_first_client_that_fails_ends_the_run_with_its_name_and_traceback(tm
     assert "Traceback" in trace and "fedavg.py" in trace
 
 
+@pytest.mark.parametrize(("batched", "bad"), [(1, 0), (8, 2)])
+def test_a_client_that_fails_ends_the_run_whatever_fifty_others_are_busy_with(
+    tmp_path, batched, bad
+):
+    """They would train for hours."""
+    federation = InProcessFederation(**FEDAVG | {"clients": 50, "num_shards": 50})
+    config = federation.strategy.config(1)
+    config["local-epochs"] = 1_000_000
+    work = RecordDict({"arrays": federation.strategy.initial_arrays(), "config": config})
+    told = pytest.raises(FedkitError, match=rf"client {bad} failed: .*KeyError")
+    with simulation(tmp_path, federation, batched=batched) as grid, told as failed:
+        list(
+            grid.send_and_receive(
+                Message(RecordDict() if at == bad else work, at + 2, "train", group_id="1")
+                for at in range(50)
+            )
+        )
+    (trace,) = failed.value.__notes__
+    assert "Traceback" in trace and "fedavg.py" in trace
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="workers are not forked")
+def test_clients_that_can_t_be_batched_have_the_usual_numbers_and_why_is_told_once(
+    tmp_path, monkeypatch
+):
+    usual = InProcessFederation(**FEDAVG).run()["digest"]
+    monkeypatch.setattr(rendezvous, "_verdicts", {})
+    monkeypatch.setattr(rendezvous, "examine", lambda steps: Verdict("it is shy"))
+    federation, told = InProcessFederation(**FEDAVG), []
+    with simulation(tmp_path, federation, batched=2, warn=told.append) as grid:
+        assert digest_of(federation, grid) == usual
+    sentence = "since it is shy: its clients train one after the other."
+    assert told == [f"logistic can't be batched, {sentence}"]
+
+
 def test_a_worker_that_is_killed_ends_the_run(tmp_path):
     federation = InProcessFederation(**FEDAVG)
     with simulation(tmp_path, federation, workers=1) as grid:
@@ -183,6 +225,47 @@ def test_the_command_runs_one_and_runs_it_again(tmp_path):
     fedkit("simulate", "--config", first / "config.toml", "--run-dir", again, "--no-keep-models")
     assert json.loads((again / "summary.json").read_text())["digest"] == summary["digest"]
     assert not (again / "clients").exists()
+
+
+def test_python_simulates_what_it_would_run(tmp_path):
+    """Own settings by name, the digest of the other engines, and as many threads as before."""
+    federation = Federation(**KTPFL, run_dir=str(tmp_path / "alone"))
+    threads = torch.get_num_threads()
+    seen = []
+    result = federation.simulate(seen.append, workers=2, keep_models=False)
+    assert result.summary["digest"] == InProcessFederation(**KTPFL).run()["digest"]
+    assert result.events and seen[-1].event == "stop" and torch.get_num_threads() == threads
+    batched = Federation(**KTPFL, run_dir=str(tmp_path / "together")).simulate(batched=4)
+    for mean in ("mean_personal_accuracy", "mean_global_accuracy"):
+        assert batched.summary[mean] == pytest.approx(result.summary[mean], abs=0.02)
+    with pytest.raises(UsageError, match=r"no setting 'worker'.*workers"):
+        federation.simulate(worker=2)
+    emulated = Federation(**KTPFL, run_dir=str(tmp_path / "emulated"), emulate="pi4")
+    with pytest.raises(UsageError, match="--batched and --emulate don't go together"):
+        emulated.simulate(batched=4)
+    assert not (tmp_path / "emulated").exists()
+
+
+def test_the_bar_is_in_a_terminal_one_line_that_comes_to_its_end(monkeypatch):
+    """Half of a round's work is half a round; updates are counted, and other work is not."""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    bar = SimulationBar(rounds=4)
+    (task,) = bar._bar.tasks
+    done = []
+    for round in (1, 2):
+        bar.take(Event("round_start", round, n=2))
+        for kind in ("train", "evaluate", "train", "evaluate"):
+            bar.worked(kind)
+            done.append(task.completed)
+        bar.take(Event("exchange", round, exchange="train"))
+        assert task.description == f"round {round}/4: train done"
+        bar.take(Event("round", round, name="seconds", value=1.0))
+        assert task.completed == round
+    assert done == [0, 0, 0, 0, 1.25, 1.5, 1.75, 2.0]
+    assert bar._updates == 4 and task.fields["rate"].endswith("updates/s")
+    assert bar._bar.live.is_started
+    bar.take(Event("stop", name="completed", value="all rounds are done"))
+    assert not bar._bar.live.is_started
 
 
 def test_what_is_typed_wrong_is_told_before_anything_is_written(tmp_path):

@@ -16,6 +16,8 @@ from fedkit.cli import terminal
 from fedkit.errors import UsageError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from fedkit.engine.events import Event
     from fedkit.settings import FederationSettings
 
@@ -112,13 +114,13 @@ class EventLog:
         _log.log(level, "%s", text, extra={"fields": told})
 
 
-def progress(settings: FederationSettings) -> Listening:
-    """What shows a run's progress, as the command line wants it."""
+def progress(settings: FederationSettings, beside: Console | None = None) -> Listening:
+    """What shows a run's progress, as the command line wants it; ``beside`` a bar on that console."""
     if as_json:
         return EventLog(settings)
     from fedkit.report import Progress
 
-    return Progress(settings, quiet=terminal.quiet)
+    return Progress(settings, quiet=terminal.quiet, beside=beside)
 
 
 def write_error(sentence: str, error: Exception | None) -> None:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -22,13 +21,11 @@ from fedkit.cli.run import DEFAULTS
 from fedkit.settings import DataSettings, FederationSettings, RunSettings, build, key
 from fedkit.simulation.settings import WorkerSettings
 
-if TYPE_CHECKING:
-    from fedkit.engine.local import Result
-
 EXAMPLES = """\b
 Examples:
   fedkit simulate --clients 100 --strategy ktpfl --models lenet,cnn --rounds 20
   fedkit simulate --clients 1000 --strategy fedavg --select uniform:0.05 --eval-every 10
+  fedkit simulate --clients 200 --strategy fedavg --model mlp:32 --models mlp:32 --batched 16
   fedkit simulate --clients 20 --strategy fedmd --workers 8 --device cuda
   fedkit simulate --clients 20 --strategy fedavg --engine ray
   fedkit simulate --config runs/2026-11-21T17-45-03-ktpfl/config.toml
@@ -68,32 +65,21 @@ def simulate(
     """
     from fedkit.engine.plan import make_plan
     from fedkit.report import print_result
-    from fedkit.simulation.progress import SimulationProgress
+    from fedkit.simulation.engines import engine
+    from fedkit.simulation.progress import SimulationBar
 
     as_json = wants_json(format)
     typed = settings | ({"run-dir": str(run_dir)} if run_dir is not None else {})
     values = layered(config, option, typed)
     workers = build(WorkerSettings, values)
-    run_simulation = _engine(workers.engine)
+    run_simulation = engine(workers.engine)
     own = {key(item.name) for item in fields(WorkerSettings)}
     plan = make_plan({k: v for k, v in values.items() if k not in own}, local=True)
-    progress = SimulationProgress(
-        logs.progress(plan.federation),
-        plan.federation.rounds,
-        bar=not (terminal.quiet or logs.as_json),
-    )
+    shown = not (terminal.quiet or logs.as_json)
+    bar = SimulationBar(plan.federation.rounds, shown=shown)
+    progress = logs.progress(plan.federation, bar.console)
     try:
-        result = run_simulation(plan, workers, [progress.take], progress.worked)
+        result = run_simulation(plan, workers, [progress.take, bar.take], bar.worked)
     finally:
-        progress.close()
+        bar.close()
     print_result(result.summary, result.directory, as_json=as_json)
-
-
-def _engine(name: str) -> Callable[..., Result]:
-    if name == "ray":
-        from fedkit.simulation.ray import simulate as on_ray
-
-        return on_ray
-    from fedkit.simulation.run import simulate as in_processes
-
-    return in_processes

@@ -165,7 +165,7 @@ def round_of(message: Message, last_round: int | None) -> int:
     return round
 
 
-def explain(error: Exception) -> FedkitError:
+def explain(error: BaseException) -> FedkitError:
     """The sentence for whatever a client's own code raised."""
     if isinstance(error, FedkitError):
         return error

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from fedkit.data.corruption import NONE, read_noise
 from fedkit.data.names import check_dataset
-from fedkit.engine.client import DEFAULT_STATE, PUBLIC_SETS
+from fedkit.engine.client import PUBLIC_SETS
+from fedkit.engine.linked import DEFAULT_STATE
 from fedkit.errors import UsageError
 from fedkit.flower_engine.told import NO_SHARD, Told
 from fedkit.models.budget import read_bytes, read_depth, read_seconds, read_width

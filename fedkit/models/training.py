@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from itertools import chain, repeat
 
@@ -44,6 +45,37 @@ class Pull:
             return
         gradients, here, there = zip(*pulled, strict=True)
         torch._foreach_add_(gradients, torch._foreach_sub(here, there), alpha=self.mu)
+
+
+@dataclass(frozen=True)
+class Steps:
+    """One optimiser step for each batch of indices: what ``take_steps`` is asked for.
+
+    Attributes:
+        model, samples, loss, optimiser: as in ``train``.
+        targets: what ``loss`` wants, n of each.
+        batches: of indices of samples.
+        clip: bounds the gradient's norm, the pull's share included (0: no bound).
+        schedule: steps with the optimiser.
+        pull: a proximal term beside the loss.
+    """
+
+    model: nn.Module
+    samples: Samples
+    targets: tuple[Tensor, ...]
+    loss: Loss
+    optimiser: torch.optim.Optimizer
+    batches: Iterable[Tensor]
+    clip: float = 0.0
+    schedule: torch.optim.lr_scheduler.LRScheduler | None = None
+    pull: Pull | None = None
+
+    def finish_gradients(self) -> None:
+        """Pull and clip, once the loss's gradients are there."""
+        if self.pull is not None:
+            self.pull.add_to(self.model)
+        if self.clip:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
 
 
 def make_optimiser(
@@ -131,25 +163,34 @@ def take_steps(
     ``clip`` bounds the gradient's norm, the pull's share included (0: no bound); ``schedule`` steps with
     the optimiser; the loss told is without ``pull``.
     """
+    wanted = targets if isinstance(targets, tuple) else (targets,)
+    steps = Steps(model, samples, wanted, loss, optimiser, batches, clip, schedule, pull)
+    return TAKEN_BY.get()(steps)
+
+
+def one_by_one(steps: Steps) -> float:
+    """Take the steps, here and now; returns the mean loss."""
+    model, samples, optimiser = steps.model, steps.samples, steps.optimiser
     model.train()
     device = samples.data.device
-    wanted = targets if isinstance(targets, tuple) else (targets,)
     total, seen = torch.zeros((), device=device), 0
-    for batch in batches:
+    for batch in steps.batches:
         batch = batch.to(device)
         optimiser.zero_grad(set_to_none=True)
-        value = loss(model(samples.training_inputs(batch)), *(target[batch] for target in wanted))
+        logits = model(samples.training_inputs(batch))
+        value = steps.loss(logits, *(target[batch] for target in steps.targets))
         value.backward()  # type: ignore[no-untyped-call]
-        if pull is not None:
-            pull.add_to(model)
-        if clip:
-            nn.utils.clip_grad_norm_(model.parameters(), clip)
+        steps.finish_gradients()
         optimiser.step()
-        if schedule is not None:
-            schedule.step()
+        if steps.schedule is not None:
+            steps.schedule.step()
         total += value.detach() * len(batch)
         seen += len(batch)
     return float(total) / max(seen, 1)
+
+
+# Who takes the steps that this thread is asked for: whoever trains several models at once is put here.
+TAKEN_BY: ContextVar[Callable[[Steps], float]] = ContextVar("TAKEN_BY", default=one_by_one)
 
 
 def one_epoch(count: int, size: int, generator: torch.Generator) -> Iterator[Tensor]:

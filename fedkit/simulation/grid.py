@@ -8,7 +8,8 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from importlib import import_module
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -24,6 +25,7 @@ from fedkit.flower import (
     parts_of,
     set_message_id,
 )
+from fedkit.registry import load
 from fedkit.simulation.sharing import Bundle, bundle, discard, unbundle
 from fedkit.simulation.worker import Done, Equipment, Task, work
 
@@ -36,7 +38,8 @@ ENDING_S = 5.0
 class _Worker:
     process: BaseProcess
     pipe: Connection
-    at_work: _Job | None = None
+    # By client.
+    at_work: dict[int, _Job] = field(default_factory=dict)
 
 
 @dataclass
@@ -68,6 +71,9 @@ class SimulationGrid(EngineGrid):
         workers: int,
         names: Callable[[int], str],
         worked: Callable[[str], None] = lambda kind: None,
+        *,
+        batched: int = 1,
+        warn: Callable[[str], None] = lambda sentence: None,
     ) -> None:
         """Start the workers.
 
@@ -76,9 +82,14 @@ class SimulationGrid(EngineGrid):
             workers: how many.
             names: what a client is called in an error, by its index.
             worked: called after each piece of work that is done, with its message type.
+            batched: how many clients of one network a worker is given at a time, to train together.
+            warn: told why a network can't be trained so, once.
         """
         self._first = equipment.first_node
         self._clients = range(len(equipment.nodes))
+        self._models = [str(node.get("model", "")) for node in equipment.nodes]
+        self._batched, self._warn = batched, warn
+        self._warned: set[tuple[str, str]] = set()
         self._shared = equipment.shared
         self._names = names
         self._worked = worked
@@ -94,6 +105,9 @@ class SimulationGrid(EngineGrid):
         # A forked process has everything that is imported and loaded here already. torch's own threads,
         # which it would not have, are waited for there for ever.
         fork = sys.platform == "linux" and int(equipment.run_config["threads"]) == 1
+        if fork:
+            load("clients", equipment.strategy)
+            import_module("torch._dynamo")  # as the first optimiser would: seconds, in each worker
         context: Any = multiprocessing.get_context("fork" if fork else "spawn")
         try:
             for _ in range(workers):
@@ -149,7 +163,7 @@ class SimulationGrid(EngineGrid):
         done: dict[str, Message] = {}
         more, until = True, self.now
         while True:
-            while more and len(waiting) < AHEAD * len(self._workers):
+            while more and len(waiting) < max(AHEAD, self._batched) * len(self._workers):
                 message = next(instructions, None)
                 if message is None:
                     more = False
@@ -157,8 +171,8 @@ class SimulationGrid(EngineGrid):
                 waiting.append(self._job(message))
                 order.append(waiting[-1].key)
             for number, worker in enumerate(self._workers):
-                if worker.at_work is None and waiting:
-                    self._give(number, worker, self._choose(number, waiting))
+                if not worker.at_work and waiting:
+                    self._give(worker, number, self._choose(number, waiting))
             while order and order[0] in done:
                 yield done.pop(order.popleft())
             if not order and not more:
@@ -166,8 +180,7 @@ class SimulationGrid(EngineGrid):
                 return
             for worker in self._ready():
                 came = self._receive(worker)
-                job, worker.at_work = worker.at_work, None
-                assert job is not None
+                job = worker.at_work.pop(came.client)
                 done[job.key] = self._reply(job, came)
                 until = max(until, came.at)
                 self._worked(job.sent.metadata.message_type)
@@ -198,26 +211,38 @@ class SimulationGrid(EngineGrid):
         if shared.users == 0 and (last or shared is not self._last):
             discard(shared.arrays)
 
-    def _choose(self, number: int, waiting: deque[_Job]) -> _Job:
-        """A client that this worker holds, or nobody; at the end anybody's, so that none is idle."""
-        for job in waiting:
-            if self._holder.get(job.client, number) == number:
-                waiting.remove(job)
-                return job
-        return waiting.popleft()
+    def _choose(self, number: int, waiting: deque[_Job]) -> list[_Job]:
+        """Clients that this worker holds, or nobody; at the end anybody's, so that none is idle."""
+        held = [job for job in waiting if self._holder.get(job.client, number) == number]
+        free = held or [*waiting]
+        # Those of one network that are asked for the same, and no more than leaves the others as many.
+        share = min(self._batched, -(-len(waiting) // len(self._workers)))
+        alike = {
+            job.client: job for job in reversed(free) if self._kind(job) == self._kind(free[0])
+        }
+        chosen = [*alike.values()][::-1][:share]
+        for job in chosen:
+            waiting.remove(job)
+        return chosen
 
-    def _give(self, number: int, worker: _Worker, job: _Job) -> None:
-        version = self._version.get(job.client, 0)
-        self._version[job.client] = version + 1
-        self._holder[job.client] = number
-        worker.at_work = job
+    def _kind(self, job: _Job) -> tuple[str, str]:
+        return self._models[job.client], job.sent.metadata.message_type
+
+    def _give(self, worker: _Worker, number: int, jobs: list[_Job]) -> None:
+        tasks = []
+        for job in jobs:
+            version = self._version.get(job.client, 0)
+            self._version[job.client] = version + 1
+            self._holder[job.client] = number
+            worker.at_work[job.client] = job
+            tasks.append(Task(job.client, version, job.head, job.content.arrays, self.now))
         try:
-            worker.pipe.send(Task(job.client, version, job.head, job.content.arrays, self.now))
+            worker.pipe.send(tasks)
         except (BrokenPipeError, ConnectionResetError):
             raise self._died(worker) from None
 
     def _ready(self) -> list[_Worker]:
-        by_pipe = {worker.pipe: worker for worker in self._workers if worker.at_work is not None}
+        by_pipe = {worker.pipe: worker for worker in self._workers if worker.at_work}
         return [by_pipe[pipe] for pipe in wait(list(by_pipe)) if isinstance(pipe, Connection)]
 
     def _receive(self, worker: _Worker) -> Done:
@@ -229,6 +254,11 @@ class SimulationGrid(EngineGrid):
             failed = FedkitError(f"{self._names(came.client)} failed: {came.failed}")
             failed.add_note(came.trace)  # shown with --debug
             raise failed
+        if came.apart and (refused := (self._models[came.client], came.apart)) not in self._warned:
+            self._warned.add(refused)
+            self._warn(
+                f"{refused[0]} can't be batched, since {came.apart}: its clients train one after the other."
+            )
         return came
 
     def _reply(self, job: _Job, came: Done) -> Message:
@@ -245,8 +275,8 @@ class SimulationGrid(EngineGrid):
         worker.process.join(ENDING_S)
         status = worker.process.exitcode or 0
         how = f"killed by {signal.Signals(-status).name}" if status < 0 else f"ended with {status}"
-        job = worker.at_work
-        whom = f" at work for {self._names(job.client)}" if job is not None else ""
+        whom = ", ".join(map(self._names, worker.at_work))
+        whom = f" at work for {whom}" if whom else ""
         return FedkitError(
             f"A worker process{whom} was {how}: if memory ran out, take fewer --workers or a smaller "
             "--live-clients."

@@ -7,55 +7,69 @@ import time
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from fedkit.cli.logs import Listening
 from fedkit.engine.events import Event
 
 # What counts as a client update: its training, in however many exchanges.
 TRAINING = "train"
+# The time that is left is told from the last minutes: rounds differ, by what is measured in them.
+ESTIMATE_S = 300.0
 
 
-class SimulationProgress:
-    """A bar in a terminal, beside what a run tells of itself; elsewhere a line at the end."""
+class SimulationBar:
+    """A bar in a terminal, and nothing elsewhere; whatever else is printed beside it stays above it."""
 
-    def __init__(self, told: Listening, rounds: int, *, bar: bool) -> None:
-        """Progress of so many rounds; ``told`` shows everything else, and ``bar`` whether there is one."""
-        self._told = told
+    def __init__(self, rounds: int, *, shown: bool = True) -> None:
+        """A bar of so many rounds, ``shown`` from the first of them on."""
+        self.console = Console(stderr=True, highlight=False)
+        self._rounds = rounds
         self._updates = 0
         self._began = time.monotonic()
-        console = Console(stderr=True, highlight=False)
+        # Pieces of clients' work, in this round and in the last one.
+        self._works, self._expected = 0, 0
+        self._over = 0
         self._bar = Progress(
-            TextColumn("{task.fields[updates]}"),
+            TextColumn("{task.description}"),
             BarColumn(),
-            TextColumn("round {task.fields[round]}"),
-            TimeRemainingColumn(elapsed_when_finished=True),
-            console=console,
+            TextColumn("{task.fields[rate]}"),
+            TimeRemainingColumn(),
+            TextColumn("left"),
+            console=self.console,
             transient=True,
-            disable=not (bar and console.is_terminal),
+            disable=not (shown and self.console.is_terminal),
+            speed_estimate_period=ESTIMATE_S,
         )
-        self._task = self._bar.add_task("", total=rounds, updates="", round=f"0/{rounds}")
-        self._rounds = rounds
-        self._bar.start()
+        self._task = self._bar.add_task("", total=rounds, rate="")
 
     def take(self, event: Event) -> None:
         """Show one event."""
-        self._told.take(event)
         if event.event == "round_start":
-            self._bar.update(self._task, round=f"{event.round}/{self._rounds}")
+            if not self._updates:
+                self._began = time.monotonic()  # loading the data is over
+            self._bar.start()
+            self._tell(event, f"{event.n} clients at work")
+        elif event.event == "exchange":
+            self._tell(event, f"{event.exchange} done")
         elif event.event == "round" and event.name == "seconds":
-            self._bar.update(self._task, completed=event.round)
+            self._over, self._works, self._expected = event.round or 0, 0, self._works
+            self._bar.update(self._task, completed=self._over)
+        elif event.event == "stop":
+            self.close()
 
     def worked(self, kind: str) -> None:
         """A client has done a piece of work of this message type."""
-        if kind.partition(".")[0] == TRAINING:
-            self._updates += 1
-        self._bar.update(self._task, updates=f"{self.rate:.1f} client updates/s")
+        self._works += 1
+        self._updates += kind.partition(".")[0] == TRAINING
+        part = min(self._works / self._expected, 1.0) if self._expected else 0.0
+        self._bar.update(self._task, completed=self._over + part, rate=f"{self.rate:.1f} updates/s")
 
     @property
     def rate(self) -> float:
-        """Client updates a second since the start."""
+        """Client updates a second since the first round began."""
         return self._updates / max(time.monotonic() - self._began, 1e-9)
 
     def close(self) -> None:
         """There is nothing more to show."""
         self._bar.stop()
-        self._told.close()
+
+    def _tell(self, event: Event, what: str) -> None:
+        self._bar.update(self._task, description=f"round {event.round}/{self._rounds}: {what}")

@@ -78,6 +78,8 @@ def simulate(
             "--emulate goes with fedkit's own workers, which need not wait as long as the devices: leave "
             "it out, or --engine ray."
         )
+    if workers.batched > 1:
+        raise UsageError("--batched goes with fedkit's own workers: leave it out, or --engine ray.")
     rundir = RunDirectory(Path(plan.server.run_dir or default_path(plan.federation.strategy)))
     rundir.write_config({**runnable(plan), **as_config(workers)})
     public_sets = (rundir.path / "public-sets").resolve()

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING
 
 from fedkit.devices.profiles import profiles
 from fedkit.durable import make_folder
-from fedkit.engine.events import Listener
+from fedkit.engine.events import Event, Listener
 from fedkit.engine.local import Result, runnable
 from fedkit.engine.local_clients import local_clients
 from fedkit.engine.plan import Plan
 from fedkit.engine.running import Run
 from fedkit.engine.saved import ABOUT, OWN_MODEL
+from fedkit.errors import UsageError
 from fedkit.registry import split
 from fedkit.rundir import RunDirectory, default_path
 from fedkit.settings import as_config
@@ -48,9 +49,12 @@ def simulate(
         worked: called after each piece of a client's work, with its message type.
 
     Raises:
+        UsageError: clients whose time counts can't be batched.
         FedkitError: a client's own code failed, a worker died, the disk is full, ...
         KeyboardInterrupt: it was asked to stop; the summary is written nevertheless.
     """
+    if workers.batched > 1:
+        _check_batched(plan)
     rundir = RunDirectory(Path(plan.server.run_dir or default_path(plan.federation.strategy)))
     rundir.write_config({**runnable(plan), **as_config(workers)})
     with _places(rundir.path) as (shared, states):
@@ -62,6 +66,16 @@ def simulate(
         if workers.keep_models:
             run.keep_models()
     return Result(rundir.path, summary)
+
+
+def _check_batched(plan: Plan) -> None:
+    assert plan.local is not None
+    for name, used in (("emulate", plan.local.emulate), ("time-budgets", plan.local.time_budgets)):
+        if used:
+            raise UsageError(
+                f"--batched and --{name} don't go together: of clients that train as one nobody knows "
+                "how long each took; leave one of them out."
+            )
 
 
 @contextmanager
@@ -120,7 +134,14 @@ class _SimulatedRun(Run):
             live=max(1, self._workers.live_clients // count),
             profiles=tuple(profiles(local.emulate)) if local.emulate else (),
         )
-        self._grid = SimulationGrid(equipment, count, self._name, self._worked)
+        self._grid = SimulationGrid(
+            equipment,
+            count,
+            self._name,
+            self._worked,
+            batched=min(self._workers.batched, equipment.live),
+            warn=lambda sentence: self.emit(Event("warning", name=sentence)),
+        )
         return self._grid
 
     def elapsed(self) -> float:

@@ -25,6 +25,13 @@ class WorkerSettings:
         unit="processes",
         minimum=0,
     )
+    batched: int = setting(
+        1,
+        "how many clients of one network train together in a worker, as one batched model; faster for "
+        "small networks and on a GPU, and equal to one after the other but for rounding",
+        unit="clients",
+        minimum=1,
+    )
     live_clients: int = setting(
         256,
         "how many clients' networks and data are held in memory, by all workers together; the others "

@@ -5,7 +5,9 @@ from __future__ import annotations
 import signal
 import traceback
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +25,7 @@ from fedkit.engine.workers import end_with_parent
 from fedkit.flower import decode_message, encode_message, new_context, take_identity
 from fedkit.registry import load
 from fedkit.settings import Value
+from fedkit.simulation.rendezvous import Rendezvous
 from fedkit.simulation.sharing import Bundle, bundle, unbundle
 from fedkit.simulation.store import Store
 
@@ -54,6 +57,7 @@ class Done(NamedTuple):
         at: the simulated time at which that has come.
         failed: the sentence of an error of the client's own code; empty if there was none.
         trace: its traceback.
+        apart: why its network was not trained together with others, where it was to be.
     """
 
     client: int
@@ -62,6 +66,7 @@ class Done(NamedTuple):
     at: float
     failed: str = ""
     trace: str = ""
+    apart: str = ""
 
 
 @dataclass(frozen=True)
@@ -109,10 +114,11 @@ def work(pipe: Connection, equipment: Equipment) -> None:
     worker = _Worker(equipment)
     while True:
         try:
-            task: Task = pipe.recv()
+            tasks: list[Task] = pipe.recv()
         except EOFError:
             return
-        pipe.send(worker.do(task))
+        for done in worker.do(tasks):
+            pipe.send(done)
 
 
 class _Worker:
@@ -123,7 +129,18 @@ class _Worker:
         self._live: OrderedDict[int, _Live] = OrderedDict()
         self._last: tuple[str, list[bytes]] = ("", [])
 
-    def do(self, task: Task) -> Done:
+    def do(self, tasks: list[Task]) -> Iterator[Done]:
+        """Work on them, of one client each; what is done is given at once."""
+        if len(tasks) == 1:
+            yield self._do(tasks[0])
+            return
+        first = self._equipment.first_node
+        works = [partial(self._do, task) for task in tasks]
+        meeting = Rendezvous(works, lambda number: take_identity(first + tasks[number].client))
+        for number, done in meeting.results():
+            yield done._replace(apart=meeting.apart.get(number, ""))
+
+    def _do(self, task: Task) -> Done:
         """Work on it; whatever the client's code raises is told and not raised."""
         try:
             live = self._take(task)

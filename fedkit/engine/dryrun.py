@@ -9,7 +9,7 @@ from rich.table import Table
 
 from fedkit.data.splits import cut
 from fedkit.engine.local_clients import local_clients
-from fedkit.engine.plan import Plan
+from fedkit.engine.plan import Plan, check_shards
 from fedkit.engine.strategy import Sizes
 from fedkit.models.build import build_model, parameter_count, state_bytes
 from fedkit.models.narrow import at_width
@@ -22,6 +22,7 @@ def dry_run(plan: Plan) -> dict[str, Any]:
     ``memory`` is what a client's models need while they train: weights, gradients and two moments, in
     bytes, and the weights once more for the reference; activations and torch itself come on top.
     """
+    check_shards(plan)
     settings = plan.federation
     data = cut(settings, plan.data)
     widest = plan.strategy.width(plan.hyper, settings, 0, 1.0) or 1.0

@@ -20,7 +20,7 @@ import tomli_w
 from fedkit.durable import make_folder, write_whole
 from fedkit.engine.events import Event
 from fedkit.engine.local_clients import LocalClient, local_clients
-from fedkit.engine.plan import Plan, make_plan, named_here
+from fedkit.engine.plan import Plan, check_shards, make_plan, named_here
 from fedkit.errors import FedkitError, UsageError, error_of
 from fedkit.rundir import default_path, read_events
 from fedkit.settings import FederationSettings, as_config
@@ -101,6 +101,7 @@ def run_local(plan: Plan, listeners: list[Listener]) -> Result:
     directory = Path(plan.server.run_dir or default_path(plan.federation.strategy))
     if (directory / "metrics.jsonl").exists():
         raise UsageError(f"{directory} holds a run already: choose another --run-dir.")
+    check_shards(plan)
     clients = local_clients(plan)
     make_folder(directory / "logs")
     with _children() as children:

@@ -7,7 +7,7 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -16,6 +16,7 @@ from typing import Any
 from flwr.app import Message, RecordDict
 
 from fedkit.engine.grid import EngineGrid
+from fedkit.engine.roster import Member
 from fedkit.errors import FedkitError
 from fedkit.flower import (
     decode_message,
@@ -68,6 +69,7 @@ class SimulationGrid(EngineGrid):
         workers: int,
         names: Callable[[int], str],
         worked: Callable[[str], None] = lambda kind: None,
+        registered: Sequence[Member] | None = None,
     ) -> None:
         """Start the workers.
 
@@ -76,7 +78,9 @@ class SimulationGrid(EngineGrid):
             workers: how many.
             names: what a client is called in an error, by its index.
             worked: called after each piece of work that is done, with its message type.
+            registered: what is known of clients that join when they are first chosen; None: all join first.
         """
+        self.registered = registered
         self._first = equipment.first_node
         self._clients = range(len(equipment.nodes))
         self._shared = equipment.shared

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import traceback
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -82,7 +83,7 @@ class Equipment:
 
     strategy: str
     run_config: dict[str, Value]
-    nodes: list[dict[str, Value]]
+    nodes: Sequence[dict[str, Value]]
     first_node: int
     shared: Path
     store: Path

@@ -239,11 +239,12 @@ class Roster:
             self._grid.dismiss(node_id, sentence)
 
     def _index_taken(self, new: Member) -> bool:
-        present = set(self._grid.get_node_ids())
-        return any(
-            other.client == new.client and other.node_id != new.node_id and other.node_id in present
+        others = {
+            other.node_id
             for other in self.members.values()
-        )
+            if other.client == new.client and other.node_id != new.node_id
+        }
+        return bool(others) and not others.isdisjoint(self._grid.get_node_ids())
 
 
 def _lacking(reply: Message) -> str | None:

@@ -16,7 +16,7 @@ from clients.edge import ALONE, OWN, Edge, edge_of, whole
 from clients.joining import PublicMissing, take_offer
 from fedkit.data.samples import Samples
 from fedkit.models.build import parameter_count, restored
-from fedkit.models.device import leave_to_others
+from fedkit.models.device import leave_to_others, seed_torch
 from fedkit.models.files import about_of
 from fedkit.models.measure import measure
 from fedkit.registry import names
@@ -219,5 +219,5 @@ def _seeded(message: Message, context: Context, call_next: ClientAppCallable) ->
     round = message.metadata.group_id or "0"
     # A probe begins what its instruction would, with the same numbers.
     purpose = f"{probing.instruction_type(message)}/{round}"
-    torch.manual_seed(derive(seed, purpose, int(context.node_config["partition-id"])))
+    seed_torch(derive(seed, purpose, int(context.node_config["partition-id"])))
     return call_next(message, context)

@@ -159,17 +159,16 @@ def _strip(records: RecordDict) -> tuple[RecordDict, list[bytes]]:
 
 def _fill(records: RecordDict, blobs: Sequence[bytes]) -> None:
     arrays = [
-        (record, name)
+        (name, array)
         for record in records.values()
         if isinstance(record, ArrayRecord)
-        for name in record
+        for name, array in record.items()
     ]
     if len(arrays) != len(blobs):
         raise ValueError(f"{len(arrays)} arrays are described, {len(blobs)} came")
-    for (record, name), blob in zip(arrays, blobs, strict=True):
-        bare = record[name]
-        _check_description(name, bare, len(blob))
-        record[name] = Array(bare.dtype, tuple(bare.shape), bare.stype, blob)
+    for (name, array), blob in zip(arrays, blobs, strict=True):
+        _check_description(name, array, len(blob))
+        array.data = blob
 
 
 def _check_description(name: str, array: Array, length: int) -> None:

@@ -53,7 +53,6 @@ class _Job:
 class _Shared:
     """A content that waits for clients; its file goes when the last of them has answered."""
 
-    content: RecordDict
     parts: dict[str, Any]
     description: bytes
     arrays: Bundle
@@ -190,12 +189,12 @@ class SimulationGrid(EngineGrid):
     def _share(self, content: RecordDict) -> _Shared:
         """The content where workers find it; what was sent last need not be written again."""
         parts = parts_of(content)
-        if self._last is not None and self._last.content is content and self._last.parts == parts:
+        if self._last is not None and self._last.parts == parts:
             return self._last
         if self._last is not None:
             self._let_go(self._last, last=True)
         description, *blobs = encode_content(content)
-        self._last = _Shared(content, parts, description, bundle(blobs, self._shared))
+        self._last = _Shared(parts, description, bundle(blobs, self._shared))
         return self._last
 
     def _let_go(self, shared: _Shared, *, last: bool = False) -> None:

@@ -15,6 +15,7 @@ from clients import memory, probing, shared
 from clients.edge import ALONE, OWN, Edge, edge_of, whole
 from clients.joining import PublicMissing, take_offer
 from fedkit.data.samples import Samples
+from fedkit.knowledge.arrays import as_state_dict
 from fedkit.models.build import parameter_count, restored
 from fedkit.models.device import leave_to_others, seed_torch
 from fedkit.models.files import about_of
@@ -105,7 +106,7 @@ def client_app(
             metrics |= _measures(edge, OWN, edge.own, samples, on_global_test=True)
         else:
             # Where all have one global model the server measures it on the common test set.
-            came, common = arrays.to_torch_state_dict(), bool(config.get("common-test", False))
+            came, common = as_state_dict(arrays), bool(config.get("common-test", False))
             spec = str(config.get("model", edge.model_name))
             if config.get("own", False) and spec != edge.architecture(OWN):
                 # It has trained no other yet, and its part of the network is told only now.
@@ -143,7 +144,7 @@ def reply(
 
 def global_model(edge: Edge, arrays: ArrayRecord, spec: str) -> torch.nn.Module:
     """A network of the federation's with the given weights, on this client's device."""
-    weights = arrays.to_torch_state_dict()
+    weights = as_state_dict(arrays)
     return restored(spec, edge.data.shape, edge.outputs, weights).to(edge.device)
 
 

@@ -15,7 +15,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context
 from torch import nn
 
 from fedkit.data.agreement import Agreement, read_agreement
-from fedkit.knowledge.arrays import as_arrays
+from fedkit.knowledge.arrays import as_arrays, as_state_dict
 from fedkit.models.files import About
 from fedkit.models.moments import give_moments, moments_of
 from fedkit.models.training import batches_of
@@ -45,7 +45,7 @@ def keep_about(context: Context, about: About) -> None:
 def recall_weights(context: Context, name: str) -> Mapping[str, torch.Tensor] | None:
     """The state dict of a model that the state holds, if it does."""
     record = context.state.get(f"{name}-model")
-    return record.to_torch_state_dict() if isinstance(record, ArrayRecord) else None
+    return as_state_dict(record) if isinstance(record, ArrayRecord) else None
 
 
 def keep_agreement(

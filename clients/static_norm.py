@@ -15,6 +15,7 @@ from torch import nn
 from clients import shared
 from clients.common import reply
 from clients.edge import Edge, edge_of
+from fedkit.knowledge.arrays import as_state_dict
 from fedkit.models.normalisation import batch_moments
 
 # (edge, message) -> the networks that the server's message is about, each with a label.
@@ -22,7 +23,7 @@ Networks: TypeAlias = Callable[[Edge, Message], Iterable[tuple[str, nn.Module]]]
 
 
 def _global(edge: Edge, message: Message) -> Iterable[tuple[str, nn.Module]]:
-    came = message.content.array_records["arrays"].to_torch_state_dict()
+    came = as_state_dict(message.content.array_records["arrays"])
     yield "global", shared.completed(edge.own, came)
 
 

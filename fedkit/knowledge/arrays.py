@@ -7,12 +7,15 @@ import struct
 from collections.abc import Mapping
 from functools import lru_cache
 from io import BytesIO
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from flwr.app import Array, ArrayRecord
 from numpy.lib import format as npy
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Magic string, version 1.0 and the length of the header: how every array that NumPy saves begins.
 _BEGINNING = struct.Struct("<8sH")
@@ -27,6 +30,13 @@ def as_record(arrays: Mapping[str, NDArray[Any]]) -> ArrayRecord:
 def as_arrays(record: ArrayRecord) -> dict[str, NDArray[Any]]:
     """The named arrays in a record of our own making; what came from outside is for ``read_array``."""
     return {name: _values(array) for name, array in record.items()}
+
+
+def as_state_dict(record: ArrayRecord) -> dict[str, Tensor]:
+    """The named arrays in a record as tensors, as a network loads them."""
+    import torch
+
+    return {name: torch.from_numpy(_values(array)) for name, array in record.items()}
 
 
 def read_array(name: str, array: Array) -> NDArray[np.generic]:
@@ -58,7 +68,7 @@ class _Header(NamedTuple):
 
 @lru_cache(maxsize=1024)
 def _header(text: bytes) -> _Header:
-    """What a header says; reading one costs NumPy more than a small array does, and clients send the same."""
+    """What a header says; to read one costs NumPy more than a small array, and clients send the same."""
     return _Header(*npy.read_array_header_1_0(BytesIO(struct.pack("<H", len(text)) + text)))
 
 

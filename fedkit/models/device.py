@@ -29,7 +29,7 @@ def repeatable() -> None:
 
 
 def seed_torch(seed: int) -> None:
-    """What ``torch.manual_seed`` does, which takes a stack trace for every kind of device that is not there."""
+    """What ``torch.manual_seed`` does, without its stack traces for devices that are not there."""
     if torch.cuda.is_available() or torch.backends.mps.is_available():
         torch.manual_seed(seed)
     else:

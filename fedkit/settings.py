@@ -77,7 +77,10 @@ class FederationSettings:
         "comma-separated",
     )
     num_shards: int = setting(
-        20, "into how many shards the private data are dealt; shards count from 0", minimum=1
+        20,
+        "into how many shards the private data are dealt; shards count from 0. Simulated clients may be "
+        "more: they take the shards in turn, and each joins when it is first chosen",
+        minimum=1,
     )
     seed: int = setting(1, "every random number of the run comes from this one", minimum=0)
     model: str = setting(

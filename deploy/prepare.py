@@ -31,9 +31,9 @@ HEALTH = "health"
 
 def main() -> None:
     """Prepare everything; exit code 1 or 2 with a sentence if that can't be."""
-    settings, models = read_environment(os.environ)
+    settings, models, widths = read_environment(os.environ)
     try:
-        check_settings(settings, models, os.environ.get("FEDKIT_OPTIONS", ""))
+        check_settings(settings, models, widths, os.environ.get("FEDKIT_OPTIONS", ""))
         make_certificates(CERTS, list(models))
         put_aside(RUN, settings)
     except FedkitError as error:
@@ -41,23 +41,29 @@ def main() -> None:
         sys.exit(error.exit_code)
 
 
-def read_environment(environment: Mapping[str, str]) -> tuple[dict[str, str], dict[str, str]]:
-    """The federation's settings by outside name, and each client service's model.
+def read_environment(
+    environment: Mapping[str, str],
+) -> tuple[dict[str, str], dict[str, str], dict[str, str]]:
+    """The federation's settings by outside name, and each client service's model and width.
 
-    ``SETTING_NUM_SHARDS=12`` is num-shards, ``MODEL_PHONE=lenet`` the model of the service `phone`; an
-    empty model leaves it to the federation.
+    ``SETTING_NUM_SHARDS=12`` is num-shards, ``MODEL_PHONE=lenet`` the model of the service `phone`,
+    ``WIDTH_PHONE=0.5`` its width; an empty one leaves it to the federation.
     """
-    settings, models = dict[str, str](), dict[str, str]()
+    settings, models, widths = dict[str, str](), dict[str, str](), dict[str, str]()
     for name, value in sorted(environment.items()):
         kind, _, word = name.partition("_")
         if kind == "SETTING":
             settings[word.lower().replace("_", "-")] = value
         elif kind == "MODEL":
             models[word.lower()] = value
-    return settings, models
+        elif kind == "WIDTH" and value:
+            widths[word.lower()] = value
+    return settings, models, widths
 
 
-def check_settings(settings: Mapping[str, str], models: Mapping[str, str], options: str) -> None:
+def check_settings(
+    settings: Mapping[str, str], models: Mapping[str, str], widths: Mapping[str, str], options: str
+) -> None:
     """Try the settings, without starting anything: data are read and networks built.
 
     Raises:
@@ -66,16 +72,20 @@ def check_settings(settings: Mapping[str, str], models: Mapping[str, str], optio
     """
     wanted = [model or settings["model"] for model in models.values()]
     typed = {**settings, "clients": str(len(wanted)), "models": ",".join(wanted)}
+    if widths:
+        # A service without one takes what the server deals it, which is the whole network at most.
+        typed["widths"] = ",".join(widths.get(service, "1") for service in models)
     try:
         words = shlex.split(options)
     except ValueError as error:
         raise UsageError(f"FEDKIT_OPTIONS={options!r} in .env can't be read: {error}.") from None
     planned = _dry_run([*(f"--{name}={value}" for name, value in typed.items()), *words])
     for service, asked, got in zip(models, wanted, planned["clients"], strict=True):
-        if asked != got["model"]:
+        # What is trained may be a part of it: width:0.5:cnn.
+        if not f":{got['model']}".endswith(f":{asked}"):
             raise UsageError(
                 f"With {planned['strategy']} all clients train one network, and the service {service} "
-                f"has {asked}: set FEDKIT_MODEL in .env, as in FEDKIT_MODEL={got['model']}."
+                f"has {asked}: set FEDKIT_MODEL in .env, as in FEDKIT_MODEL={settings['model']}."
             )
     print(
         f"{planned['strategy']} (preset {planned['preset']}), {planned['rounds']} rounds on "

@@ -39,7 +39,10 @@ def begun(run, status=None, **settings):
 
 def test_settings_and_models_come_from_the_environment(prepare):
     environment = {"SETTING_NUM_SHARDS": "12", "MODEL_PHONE": "lenet", "PATH": "/bin", "HOME": "/"}
-    assert prepare.read_environment(environment) == ({"num-shards": "12"}, {"phone": "lenet"})
+    environment |= {"WIDTH_PHONE": "0.25", "WIDTH_BOARD": ""}
+    settings, models, widths = prepare.read_environment(environment)
+    assert (settings, models) == ({"num-shards": "12"}, {"phone": "lenet"})
+    assert widths == {"phone": "0.25"}
 
 
 @pytest.mark.parametrize("status", [None, "stopped", "failed"])
@@ -81,7 +84,19 @@ def test_a_network_that_the_strategy_would_not_train_is_refused(prepare, monkeyp
     monkeypatch.setattr(prepare, "_dry_run", lambda words: planned)
     models = {"phone": "", "board": "cnn"}
     with pytest.raises(UsageError, match=r"the service board has cnn: set FEDKIT_MODEL in .env"):
-        prepare.check_settings({"model": "lenet"}, models, "")
+        prepare.check_settings({"model": "lenet"}, models, {}, "")
+
+
+def test_a_width_for_each_service_is_tried(prepare, capsys):
+    settings = {"strategy": "heterofl", "model": "heterofl-cnn", "num-shards": "4"}
+    models = {"phone": "heterofl-cnn", "board": "heterofl-cnn"}
+    prepare.check_settings(settings, models, {"board": "0.25"}, "")
+    assert "heterofl-cnn, heterofl-cnn" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as ended:
+        prepare.check_settings(settings, models, {"board": "7"}, "")
+    assert ended.value.code == 2
+    with pytest.raises(SystemExit):  # for FedAvg all are as wide
+        prepare.check_settings({**settings, "strategy": "fedavg"}, models, {"board": "0.25"}, "")
 
 
 def test_the_settings_are_tried_and_what_is_wrong_is_said_once(tmp_path):

@@ -138,7 +138,7 @@ def _students(rows: int, count: int) -> float:
 
 def _apart(measure: Callable[[], dict[str, float]]) -> dict[str, float]:
     """In a process of its own: the largest resident memory never falls."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
+    with multiprocessing.get_context("fork").Pool(1) as pool:
         return pool.apply(measure)
 
 

@@ -33,7 +33,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 PARTS = ("updates", "start", "engine", "memory")
 SIMULATE = (sys.executable, "-P", "-m", "fedkit", "--quiet", "simulate", "--no-keep-models")
-KTPFL = "--strategy ktpfl --clients 1000 --models lenet -o local-epochs=1"
+KTPFL = "--strategy ktpfl --clients 1000 --models lenet -o local-epochs=1 -o public-samples=1000"
 FEDAVG = (
     "--strategy fedavg --select uniform:50 --num-shards 50 --partition iid --rounds 3 --no-alone"
 )

@@ -37,6 +37,7 @@ def client_app(
     upload: probing.Upload = probing.default_upload,
     personal: Personal = lambda edge, context, config, model: None,
     fit: Fit = whole,
+    slot: str = OWN,
 ) -> ClientApp:
     """A Flower ``ClientApp`` with the handlers that all strategies share.
 
@@ -46,6 +47,7 @@ def client_app(
         upload: what the reply to a round's first instruction weighs (see ``clients.probing``).
         personal: the client's own model beside a global one, measured as ``own_model``.
         fit: which network this device trains, by what it can.
+        slot: where the network is that shares its weights, with whatever of it does not travel.
     """
     app = ClientApp(mods=[_timed, _seeded, _fitting(fit), probing.unfinished(keep)])
     probing.add_probing(app, upload, keep)
@@ -108,19 +110,20 @@ def client_app(
             # Where all have one global model the server measures it on the common test set.
             came, common = as_state_dict(arrays), bool(config.get("common-test", False))
             spec = str(config.get("model", edge.model_name))
-            if config.get("own", False) and spec != edge.architecture(OWN):
-                # It has trained no other yet, and its part of the network is told only now.
-                edge.make(OWN, spec)
-            if spec == edge.architecture(OWN) and shared.staying(edge.own, came):
+            if config.get("own", False):
+                # Which network that is may be told only now, or have been another in between.
+                edge.hold(context, slot, spec)
+            mine = edge.models.get(slot)
+            if mine and spec == edge.architecture(slot) and shared.staying(mine, came):
                 # With what stays here it is a network of this client's own, which nobody else has.
-                model = shared.completed(edge.own, came)
+                model = shared.completed(mine, came)
                 metrics |= _measures(edge, OWN, model, samples, on_global_test=True)
             else:
                 model = global_model(edge, arrays, spec)
                 metrics |= _measures(edge, "global", model, samples, on_global_test=common)
-            mine = personal(edge, context, config, model)
-            if mine is not None:
-                metrics |= _measures(edge, OWN, mine, samples, on_global_test=True)
+            tuned = personal(edge, context, config, model)
+            if tuned is not None:
+                metrics |= _measures(edge, OWN, tuned, samples, on_global_test=True)
             if config.get("teacher", False):
                 metrics |= _measures(edge, "teacher", edge.own, samples, on_global_test=True)
         if ALONE in edge.models:

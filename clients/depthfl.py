@@ -7,12 +7,14 @@ from typing import cast
 
 from flwr.app import ConfigRecord, Context
 
-from clients import depth, updates
+from clients import depth, updates, width
 from clients.common import client_app
 from clients.edge import OWN, Edge
 from clients.fedavg import add_train
 from clients.private import local_epochs
-from fedkit.models.exit_loss import joint_loss, read_weights
+from clients.static_norm import add_statistics, narrower
+from fedkit.models.exit_loss import for_exits, joint_loss, read_weights
+from fedkit.models.exits import MultiExit
 from fedkit.models.slicing import slicing_of
 
 
@@ -26,8 +28,7 @@ def local_work(edge: Edge, context: Context, slot: str, config: ConfigRecord) ->
     if edge.width is None:
         return local_epochs(edge, context, slot, config, loss=loss)
     slicing = slicing_of(f"exits:{edge.settings.model}", edge.data.shape, edge.outputs)
-    with slicing.scaled(edge.models[slot], edge.width):
-        return local_epochs(edge, context, slot, config, loss=loss)
+    return width.scaled_epochs(edge, context, slot, config, slicing, edge.width, loss)
 
 
 def distillation_weight(config: ConfigRecord) -> float:
@@ -39,8 +40,16 @@ def distillation_weight(config: ConfigRecord) -> float:
 
 def update(edge: Edge, context: Context, config: ConfigRecord) -> dict[str, float]:
     """The E epochs on the own model, and what they tell."""
-    return {"train_loss": local_work(edge, context, OWN, config)}
+    loss = local_work(edge, context, OWN, config)
+    told = {"train_loss": loss}
+    if config["robust"]:
+        # Each exit adds to the loss, and no client is to count less for the depth of its network.
+        assert isinstance(edge.own, MultiExit)
+        weights = for_exits(read_weights(cast(str, config["exit-weights"])), edge.own.depth)
+        told |= updates.unexplained(edge, loss / (sum(weights) or 1.0))
+    return told
 
 
 app = client_app(local_work, updates.upload_bytes, fit=depth.fitted)
 add_train(app, update)
+add_statistics(app, narrower(lambda edge: f"exits:{edge.depth}:{edge.settings.model}"))

@@ -90,17 +90,31 @@ class Edge:
         """Make the model in ``slot`` as a client that was started anew would."""
         weights, part = memory.recall_weights(context, slot), memory.recall_part(context, slot)
         if not weights:
-            self.make(slot, self.model_name)
+            self._make(context, slot, self.model_name)
             return
         self.parts[slot] = part or self.model_name
         model = restored(self.parts[slot], self.data.shape, self.outputs, weights)
         self.models[slot] = model.to(self.device)
 
-    def make(self, slot: str, architecture: str) -> None:
-        """Put a network with this client's initial weights into ``slot``."""
+    def hold(self, context: Context, slot: str, architecture: str) -> None:
+        """Let the network in ``slot`` be the one of that name.
+
+        Where another one was, or none, it has this client's initial weights, and the running statistics
+        that ``keep_statistics`` kept of it.
+        """
+        if slot not in self.models or self.architecture(slot) != architecture:
+            self._make(context, slot, architecture)
+
+    def _make(self, context: Context, slot: str, architecture: str) -> None:
         network = architecture, self.data.shape, self.outputs
         model = build_model(*network, self.settings.seed, self.client)
+        own = memory.recall_statistics(context, slot, architecture)
+        model.load_state_dict({**model.state_dict(), **own})
         self.models[slot], self.parts[slot] = model.to(self.device), architecture
+
+    def keep_statistics(self, context: Context, slot: str) -> None:
+        """Put the running statistics of the network in ``slot`` into the state that survives."""
+        memory.keep_statistics(context, slot, self.architecture(slot), self.models[slot])
 
     def keep(self, context: Context, slot: str) -> None:
         """Put the model in ``slot``, and which network that is, into the state that survives."""

@@ -21,7 +21,7 @@ def update(edge: Edge, context: Context, config: ConfigRecord) -> dict[str, floa
     return {"train_loss": local_epochs(edge, context, OWN, config)}
 
 
-def _as_it_is(edge: Edge, config: ConfigRecord) -> None:
+def _as_it_is(edge: Edge, context: Context, config: ConfigRecord) -> None:
     """The own model is what the one that comes is loaded into."""
 
 
@@ -33,7 +33,7 @@ def add_train(
     app: ClientApp,
     update: Callable[[Edge, Context, ConfigRecord], dict[str, float]] = update,
     *,
-    prepare: Callable[[Edge, ConfigRecord], None] = _as_it_is,
+    prepare: Callable[[Edge, Context, ConfigRecord], None] = _as_it_is,
     beside: Callable[[Edge, ConfigRecord], Mapping[str, ConfigRecord]] = _nothing,
 ) -> None:
     """Give a client app the handler ``train``: load the model that came, train it, return it.
@@ -51,7 +51,7 @@ def add_train(
         edge = edge_of(context)
         config = message.content.config_records["config"]
         came = message.content.array_records["arrays"]
-        prepare(edge, config)
+        prepare(edge, context, config)
         shared.load(edge.own, as_state_dict(came))
         if "reference" not in context.state:
             # The reference starts where the client first met the federation.

@@ -6,12 +6,13 @@ from typing import cast
 
 from flwr.app import ConfigRecord, Context, Message
 
-from clients import public
+from clients import public, updates
 from clients.common import client_app
 from clients.digesting import add_local, digested
 from clients.edge import OWN, Edge, edge_of
 from clients.fedavg import add_train
 from clients.private import local_epochs, private_optimiser, with_revisit
+from clients.static_norm import add_statistics
 from fedkit.models.losses import towards
 
 
@@ -21,8 +22,9 @@ def local_work(edge: Edge, context: Context, slot: str, config: ConfigRecord) ->
     return train(edge, context, slot, config)
 
 
-app = client_app(local_work)
+app = client_app(local_work, updates.upload_bytes)
 add_train(app)
+add_statistics(app)
 add_local(app)
 
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from typing import cast
 
 import torch
 from flwr.app import ConfigRecord, Context, Message
 from torch import Tensor, nn
 
-from clients import public, shared
-from clients.common import client_app, global_model, reply
+from clients import public, shared, updates
+from clients.common import client_app, global_model
 from clients.digesting import add_local, digested
 from clients.edge import OWN, Edge, edge_of
 from clients.private import (
@@ -38,7 +39,7 @@ def local_work(edge: Edge, context: Context, slot: str, config: ConfigRecord) ->
     return _teach_teacher(edge, context, slot, config)
 
 
-app = client_app(local_work)
+app = client_app(local_work, partial(updates.upload_bytes, slot=COPY), slot=COPY)
 add_local(app)
 
 
@@ -89,7 +90,9 @@ def train_copy(message: Message, context: Context) -> Message:
             _first_lesson(edge, context, config)
         _teach_teacher(edge, context, OWN, config)
     came = message.content.array_records["arrays"]
-    copy = edge.models[COPY] = global_model(edge, came, edge.settings.model)
+    edge.hold(context, COPY, edge.settings.model)
+    copy = edge.models[COPY]
+    shared.load(copy, came.to_torch_state_dict())
     share, data = cast(float, config["distill-weight"]), edge.private.train
     targets: tuple[Tensor, ...] = (data.labels,)
     loss: Loss = cross_entropy
@@ -110,12 +113,17 @@ def train_copy(message: Message, context: Context) -> Message:
             loss=loss,
         ).loss
     observe(edge, context, COPY, config, mean)
+    if shared.staying(copy, came.to_torch_state_dict()):
+        edge.keep_statistics(context, COPY)
     arrays = shared.back(copy, came, config)
-    return reply(message, edge, {"train_loss": mean}, {"arrays": arrays})
+    return updates.answer(message, context, edge, copy, arrays, {"train_loss": mean})
 
 
 def _copies(edge: Edge, message: Message) -> Iterable[tuple[str, nn.Module]]:
-    yield "global", global_model(edge, message.content.array_records["arrays"], edge.settings.model)
+    yield (
+        edge.settings.model,
+        global_model(edge, message.content.array_records["arrays"], edge.settings.model),
+    )
 
 
 add_statistics(app, _copies)

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import cast
 
 import torch
-from flwr.app import ConfigRecord, Context, Message
-from torch import Tensor, nn
+from flwr.app import ConfigRecord, Context
+from torch import Tensor
 
 from clients import updates, width
 from clients.common import client_app
 from clients.edge import OWN, Edge
 from clients.fedavg import add_train
-from clients.private import local_epochs
-from clients.static_norm import add_statistics
-from fedkit.knowledge.arrays import as_arrays
+from clients.static_norm import add_statistics, narrower
 from fedkit.knowledge.held import pack_classes
-from fedkit.models.levels import label, levels_of, read_levels
+from fedkit.models.levels import read_levels
 from fedkit.models.losses import cross_entropy, masked_cross_entropy
 from fedkit.models.narrow import at_width, width_of
 from fedkit.models.slicing import slicing_of
@@ -33,19 +31,21 @@ def local_work(edge: Edge, context: Context, slot: str, config: ConfigRecord) ->
         held[_classes(edge)] = True
         loss = masked_cross_entropy(held)
     slicing = slicing_of(edge.settings.model, edge.data.shape, edge.outputs)
-    with slicing.scaled(edge.models[slot], share if config["scaler"] else 1.0):
-        return local_epochs(edge, context, slot, config, loss=loss)
+    divisor = share if config["scaler"] else 1.0
+    return width.scaled_epochs(edge, context, slot, config, slicing, divisor, loss)
 
 
 def update(edge: Edge, context: Context, config: ConfigRecord) -> dict[str, float]:
     """The E epochs on the part of theta that came, and what they tell."""
-    return {"train_loss": local_work(edge, context, OWN, config)}
+    loss = local_work(edge, context, OWN, config)
+    if config["buffers"] == "local" and config["assignment"] == "dynamic":
+        # It may be long until this width comes again.
+        edge.keep_statistics(context, OWN)
+    return {"train_loss": loss}
 
 
-def _at_its_width(edge: Edge, config: ConfigRecord) -> None:
-    network = at_width(edge.settings.model, cast(float, config["width"]))
-    if edge.architecture(OWN) != network:
-        edge.make(OWN, network)
+def _at_its_width(edge: Edge, context: Context, config: ConfigRecord) -> None:
+    edge.hold(context, OWN, at_width(edge.settings.model, cast(float, config["width"])))
 
 
 def _held(edge: Edge, config: ConfigRecord) -> Mapping[str, ConfigRecord]:
@@ -58,22 +58,7 @@ def _held(edge: Edge, config: ConfigRecord) -> Mapping[str, ConfigRecord]:
 
 app = client_app(local_work, updates.upload_bytes, fit=width.fitted)
 add_train(app, update, prepare=_at_its_width, beside=_held)
-
-
-def _narrower(edge: Edge, message: Message) -> Iterable[tuple[str, nn.Module]]:
-    """The network that came, and the narrower levels of it."""
-    config = message.content.config_records["config"]
-    came = message.content.array_records["arrays"]
-    own = cast(float, config["width"])
-    part = as_arrays(came)
-    network = levels_of(edge.settings.model, edge.data.shape, edge.outputs, own)
-    for level in read_levels(cast(str, config["levels"])):
-        kept = network.take(part, level)
-        weights = {name: torch.from_numpy(array) for name, array in kept.items()}
-        yield label(level), network.slicing.network(level, weights).to(edge.device)
-
-
-add_statistics(app, _narrower)
+add_statistics(app, narrower(lambda edge: edge.settings.model))
 
 
 def _classes(edge: Edge) -> Tensor:

@@ -18,6 +18,7 @@ from fedkit.data.agreement import Agreement, read_agreement
 from fedkit.knowledge.arrays import as_arrays, as_state_dict
 from fedkit.models.files import About
 from fedkit.models.moments import give_moments, moments_of
+from fedkit.models.normalisation import statistics_of
 from fedkit.models.training import batches_of
 
 
@@ -35,6 +36,20 @@ def recall_part(context: Context, name: str) -> str | None:
     """Which part of the client's network ``NAME-model`` is, if that is known."""
     record = context.state.config_records.get(f"{name}-part")
     return None if record is None else str(record["architecture"])
+
+
+def keep_statistics(context: Context, name: str, architecture: str, model: nn.Module) -> None:
+    """Put a model's running statistics into the state: those of ``NAME``, as that architecture."""
+    state = model.state_dict()
+    own = {key: state[key] for key in sorted(statistics_of(model))}
+    if own:
+        context.state[f"{name}-statistics/{architecture}"] = ArrayRecord(own)
+
+
+def recall_statistics(context: Context, name: str, architecture: str) -> Mapping[str, torch.Tensor]:
+    """The running statistics of ``NAME``, as that architecture, that the state holds; else none."""
+    record = context.state.get(f"{name}-statistics/{architecture}")
+    return as_state_dict(record) if isinstance(record, ArrayRecord) else {}
 
 
 def keep_about(context: Context, about: About) -> None:

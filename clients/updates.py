@@ -17,7 +17,8 @@ from torch import nn
 
 from clients import shared
 from clients.common import reply
-from clients.edge import Edge
+from clients.edge import OWN, Edge
+from clients.probing import default_upload
 from fedkit.knowledge.arrays import as_arrays, as_record
 from fedkit.knowledge.reduction import Arrays
 from fedkit.knowledge.relevance import agreement, read_threshold
@@ -44,11 +45,12 @@ def answer(
         edge: whose reply it is.
         model: that was trained from w.
         trained: what of it goes back, w_k.
-        metrics: to be told beside.
+        metrics: to be told beside; with ``robust`` its ``unexplained``, where ``train_loss`` is no single
+            network's.
     """
     config = message.content.config_records["config"]
     if config.get("robust", False):
-        metrics = {**metrics, **_unexplained(edge, metrics["train_loss"])}
+        metrics = {**unexplained(edge, metrics["train_loss"]), **metrics}
     came = message.content.array_records["arrays"]
     codec = make_update_codec(cast(str, config.get("update-codec", "float32")))
     threshold = read_threshold(cast(str, config.get("relevance", "")))
@@ -75,16 +77,21 @@ def answer(
     return reply(message, edge, metrics, {"update": sent, "arrays": ArrayRecord(others)})
 
 
-def upload_bytes(edge: Edge, content: RecordDict) -> int:
-    """Tensor bytes, at most, of the reply to an instruction with that content."""
+def upload_bytes(edge: Edge, content: RecordDict, slot: str = OWN) -> int:
+    """Tensor bytes, at most, of the reply to an instruction with that content.
+
+    Where weights came those of the network in ``slot`` go back.
+    """
+    if "arrays" not in content.array_records:
+        return default_upload(edge, content)
     came, config = content.array_records["arrays"], content.config_records["config"]
-    codec = str(config.get("update-codec", "float32"))
-    names = shared.returning(edge.own, came, config)
+    model, codec = edge.models[slot], str(config.get("update-codec", "float32"))
+    names = shared.returning(model, came, config)
     sent = ArrayRecord({name: came[name] for name in names})
-    return sent_bytes(codec, sent, parameters_of(edge.own))
+    return sent_bytes(codec, sent, parameters_of(model))
 
 
-def _unexplained(edge: Edge, loss: float) -> dict[str, float]:
+def unexplained(edge: Edge, loss: float) -> dict[str, float]:
     """Which part of its labels' entropy (in nats) a client's loss leaves; nothing where there is none.
 
     Nor where no epoch was done (FedProx' partial work): that loss is 0, and explains nothing.

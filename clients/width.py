@@ -1,7 +1,8 @@
-"""How wide a network a device trains: as it was told, or as wide as its memory and its time allow."""
+"""How wide a network a device trains, as it was told or as its memory and its time allow; and how."""
 
 from __future__ import annotations
 
+import copy
 import logging
 
 from flwr.app import ConfigRecord, Context
@@ -9,10 +10,13 @@ from flwr.app import ConfigRecord, Context
 from clients import memory
 from clients.edge import Edge, refuse_parts
 from clients.fitting import largest_that_fits
+from clients.private import local_epochs, private_batch
 from fedkit.errors import UsageError
 from fedkit.models.levels import read_levels
-from fedkit.models.losses import cross_entropy
+from fedkit.models.losses import Loss, cross_entropy
 from fedkit.models.narrow import at_width, width_of
+from fedkit.models.normalisation import batch_moments, tracks
+from fedkit.models.slicing import Slicing
 
 _log = logging.getLogger(__name__)
 WIDTH, AUTO = "width", "auto"
@@ -55,6 +59,37 @@ def fitted(edge: Edge, context: Context) -> str:
     assert edge.width is not None
     context.state[WIDTH] = ConfigRecord({WIDTH: edge.width, "fit": edge.fit})
     return at_width(edge.model_name, edge.width)
+
+
+def scaled_epochs(
+    edge: Edge,
+    context: Context,
+    slot: str,
+    config: ConfigRecord,
+    slicing: Slicing,
+    divisor: float,
+    loss: Loss,
+) -> float:
+    """A round's private training in which hidden outputs are divided (HeteroFL's scaler); its mean loss.
+
+    Running statistics that are tracked meanwhile are of divided outputs, and the network is used without
+    the scaler: they become the moments of this client's batches without it.
+
+    Args:
+        edge, context, slot, config: whose model, in which round.
+        slicing: of the network that the model in ``slot`` is a part of.
+        divisor: its share of the widest network's channels; 1: nothing is divided.
+        loss: ``(logits, labels) -> mean over a batch``.
+    """
+    model, data = edge.models[slot], edge.private.train
+    with slicing.scaled(model, divisor):
+        mean = local_epochs(edge, context, slot, config, loss=loss)
+    if divisor < 1 and tracks(model):
+        moments, batches = batch_moments(copy.deepcopy(model), data, private_batch(config))
+        if batches:
+            model.load_state_dict({**model.state_dict(), **moments})
+            edge.keep(context, slot)
+    return mean
 
 
 def _widest_that_fits(edge: Edge, context: Context, levels: tuple[float, ...]) -> None:

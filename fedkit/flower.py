@@ -7,16 +7,21 @@ costs 0.3 s). The same form serves the wire and the client's state on disk. Noth
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import struct
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, Context, Error, Message, RecordDict
+from flwr.app import Array, ArrayRecord, Context, Error, Message, Metadata, RecordDict
+from flwr.app.message import make_message
+from flwr.common.config import flatten_dict, fuse_dicts, get_project_config, parse_config_args
 from flwr.common.constant import ErrorCode
 from flwr.common.serde import (
     message_from_proto,
@@ -27,12 +32,20 @@ from flwr.common.serde import (
 from flwr.common.serde_utils import metadata_to_proto
 from flwr.proto.message_pb2 import Message as ProtoMessage
 from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
+from flwr.supercore.constant import SYSTEM_MESSAGE_TYPE
+from flwr.supercore.object_ref import load_app
+from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 SERVER_NODE_ID = 1
 MOST_DIMENSIONS = 64
 _COUNT = struct.Struct(">I")
 Buffers = list[bytes]
+Scalar = bool | int | float | str
+
+
+class NoSuchAttribute(Exception):
+    """A component that an app's ``pyproject.toml`` names is not there."""
 
 
 def take_identity(node_id: int = SERVER_NODE_ID, run_id: int = 1) -> None:
@@ -62,6 +75,40 @@ def unavailable_reply(message: Message, reason: str) -> Message:
     return Message(Error(ErrorCode.NODE_UNAVAILABLE, reason), reply_to=message)
 
 
+def app_error_reply(message: Message, error: BaseException) -> Message:
+    """The reply of a client whose ``ClientApp`` raised that, as Flower's own node words it."""
+    reason = f"{type(error)}:<'{error}'>"
+    return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message)
+
+
+def expired_reply(message: Message) -> Message:
+    """The reply to a message that had none when its time to live was over."""
+    reason = "Its time to live was over before a reply came."
+    return Message(Error(ErrorCode.MESSAGE_UNAVAILABLE, reason), reply_to=message)
+
+
+def unknown_reply(message_id: str, run_id: int) -> Message:
+    """What is pulled under an id that names no message, or one whose reply was pulled before."""
+    metadata = Metadata(
+        run_id=run_id,
+        message_id="",
+        src_node_id=SERVER_NODE_ID,
+        dst_node_id=SERVER_NODE_ID,
+        reply_to_message_id=message_id,
+        group_id="",
+        created_at=time.time(),
+        ttl=0,
+        message_type=SYSTEM_MESSAGE_TYPE,
+    )
+    reason = "There is no such message, or its reply was pulled before."
+    return make_message(metadata, error=Error(ErrorCode.MESSAGE_UNAVAILABLE, reason))
+
+
+def envelope_of(message: Message) -> Message:
+    """The same message without its content, to be kept while the content may be edited or freed."""
+    return make_message(copy.copy(message.metadata), content=RecordDict())
+
+
 def encode_message(message: Message) -> Buffers:
     """A message as buffers: its description, then the bytes of each array, which are not copied."""
     if not message.has_content():
@@ -88,8 +135,13 @@ def encode_envelope(message: Message) -> bytes:
     return ProtoMessage(metadata=metadata_to_proto(message.metadata)).SerializeToString()
 
 
-def decode_message(buffers: Sequence[bytes]) -> Message:
+def decode_message(buffers: Sequence[bytes], *, described: bool = True) -> Message:
     """The message that ``encode_message`` wrote.
+
+    Args:
+        buffers: what came.
+        described: whether arrays are refused that don't say what is in them. Flower's older apps send
+            such, and an app may have a form of its own.
 
     Raises:
         ValueError: the buffers are no such message.
@@ -102,7 +154,7 @@ def decode_message(buffers: Sequence[bytes]) -> Message:
     except Exception as error:  # protobuf and Flower raise many kinds for foreign bytes
         raise ValueError(f"not a Flower message: {error}") from error
     if message.has_content():
-        _fill(message.content, blobs)
+        _fill(message.content, blobs, described)
     elif blobs:
         raise ValueError("a message without content carries arrays")
     return message
@@ -121,7 +173,7 @@ def decode_records(data: bytes | bytearray | memoryview) -> RecordDict:
         records = recorddict_from_proto(ProtoRecordDict.FromString(head))
     except Exception as error:
         raise ValueError(f"not Flower records: {error}") from error
-    _fill(records, blobs)
+    _fill(records, blobs, described=False)
     return records
 
 
@@ -136,11 +188,60 @@ def payload_bytes(message: Message) -> int:
     )
 
 
-def new_context(node_id: int, node_config: dict[str, bool | int | float | str]) -> Context:
-    """An empty client context, as Flower would make one for a new node."""
-    return Context(
-        run_id=1, node_id=node_id, node_config=node_config, state=RecordDict(), run_config={}
-    )
+def new_context(
+    node_id: int,
+    node_config: Mapping[str, Scalar],
+    run_config: Mapping[str, Scalar] = {},
+    run_id: int = 1,
+) -> Context:
+    """An empty context, as Flower would make one for a new node."""
+    return Context(run_id, node_id, dict(node_config), RecordDict(), dict(run_config))
+
+
+def describe_run(run_id: int, fab_id: str = "", fab_version: str = "") -> Run:
+    """Flower's description of a run, and of the app that it runs if it runs one."""
+    run = Run.create_empty(run_id)
+    run.fab_id, run.fab_version = fab_id, fab_version
+    return run
+
+
+def read_project(folder: Path) -> dict[str, Any]:
+    """The ``pyproject.toml`` of a Flower App.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it describes no Flower App; what is missing follows, a line each.
+    """
+    return get_project_config(folder)
+
+
+def read_config(texts: Sequence[str]) -> dict[str, Scalar]:
+    """``["key=1 other='word'"]``, or one name of a TOML file, as Flower's command line takes them.
+
+    Raises:
+        Exception: many kinds, for what can't be read.
+    """
+    return parse_config_args(list(texts))
+
+
+def run_config_of(project: Mapping[str, Any], overrides: Mapping[str, Scalar]) -> dict[str, Scalar]:
+    """An app's own configuration with ``overrides``; nested tables become names with dots.
+
+    Raises:
+        ValueError: an override that the app's configuration does not have, or a value of no plain kind.
+    """
+    own = flatten_dict(project["tool"]["flwr"]["app"].get("config", {}))
+    return fuse_dicts(own, dict(overrides))
+
+
+def load_component(reference: str, folder: Path) -> Any:
+    """What ``module:attribute`` names, with ``folder`` on the path from now on.
+
+    Raises:
+        NoSuchAttribute: it is no such reference, or the module has no such attribute.
+        Exception: whatever importing the module raises.
+    """
+    return load_app(reference, NoSuchAttribute, folder)
 
 
 def _strip(records: RecordDict) -> tuple[RecordDict, list[bytes]]:
@@ -157,7 +258,7 @@ def _strip(records: RecordDict) -> tuple[RecordDict, list[bytes]]:
     return skeleton, blobs
 
 
-def _fill(records: RecordDict, blobs: Sequence[bytes]) -> None:
+def _fill(records: RecordDict, blobs: Sequence[bytes], described: bool) -> None:
     arrays = [
         (name, array)
         for record in records.values()
@@ -167,7 +268,8 @@ def _fill(records: RecordDict, blobs: Sequence[bytes]) -> None:
     if len(arrays) != len(blobs):
         raise ValueError(f"{len(arrays)} arrays are described, {len(blobs)} came")
     for (name, array), blob in zip(arrays, blobs, strict=True):
-        _check_description(name, array, len(blob))
+        if described:
+            _check_description(name, array, len(blob))
         array.data = blob
 
 

@@ -25,15 +25,16 @@ def received_models(
 
     They come as ``UpdateHyperparameters`` say, if the strategy has them, and a_k is multiplied by a factor
     where it is ``robust``. A reply that is not shaped like what was ``sent`` to the member, or not finite,
-    is left out and named; one that holds no update, since that is not relevant, is an answer all the same.
+    or tells more samples than the member joined with, is left out and named; one that holds no update,
+    since that is not relevant, is an answer all the same.
     """
     reading, noise = Reading(strategy), NoiseWeights(strategy)
     for member, content in strategy.answers(replies):
-        if reading.skipped(content, sent(member)):
+        if reading.skipped(member, content, sent(member)):
             continue
         try:
-            examples = 1.0 if weighting == "equal" else _examples(content)
-            model = reading.model(content, sent(member))
+            examples = 1.0 if weighting == "equal" else _examples(content, member)
+            model = reading.model(member, content, sent(member))
             noise.take(member, content)
             yield member, examples * noise.factor(member), model
         except ValueError as reason:
@@ -50,9 +51,11 @@ def average(models: Iterable[tuple[float, Arrays]]) -> ArrayRecord | None:
         return None
 
 
-def _examples(content: RecordDict) -> float:
+def _examples(content: RecordDict, member: Member) -> float:
     record = content.metric_records.get("metrics", MetricRecord())
     examples = record.get("num-examples")
-    if not isinstance(examples, int) or examples < 0:
-        raise ValueError(f"it says that it has {examples!r} samples")
+    if not isinstance(examples, int) or not 0 <= examples <= member.examples:
+        raise ValueError(
+            f"it says that it has {examples!r} samples, and when it joined it had {member.examples}"
+        )
     return float(examples)

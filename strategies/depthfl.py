@@ -19,7 +19,7 @@ from flwr.serverapp import Grid
 
 from fedkit.engine.events import Event, Listener
 from fedkit.engine.roster import Member
-from fedkit.engine.strategy import Facts
+from fedkit.engine.strategy import Exchange, Facts, ServerModels
 from fedkit.errors import FedkitError, UsageError
 from fedkit.knowledge.arrays import as_arrays, as_record
 from fedkit.knowledge.held import HeldMean, Indices, open_mesh
@@ -28,7 +28,8 @@ from fedkit.models.exits import MultiExit, held_at
 from fedkit.models.slicing import Slicing, slicing_of
 from fedkit.settings import FederationSettings, Value, setting
 from strategies.averaging import received_models
-from strategies.fedavg import FedAvg, FedAvgHyperparameters
+from strategies.fedavg import FedAvg, FedAvgHyperparameters, FedAvgState
+from strategies.level_norm import LevelNorm, LevelState
 from strategies.outer import outer_step
 
 if TYPE_CHECKING:
@@ -79,6 +80,11 @@ class DepthFLHyperparameters(FedAvgHyperparameters):
     )
 
 
+@dataclass
+class DepthFLState(FedAvgState, LevelState):
+    """What DepthFL remembers: as FedAvg, and the statistics of each width in use."""
+
+
 class DepthFL(FedAvg):
     """DepthFL: clients train the first stages of one network, each with an exit (Kim et al. 2023)."""
 
@@ -105,20 +111,17 @@ class DepthFL(FedAvg):
         super().__init__(
             hyper, replace(facts, settings=replace(facts.settings, model=network)), emit
         )
+        self.state = DepthFLState()
+        self._norm = LevelNorm(self, self.travelling, _width, self._held)
 
     @classmethod
     def check(cls, settings: FederationSettings, hyper: Any) -> None:
-        """Weights that there are, and statistics that clients of all depths can tell."""
+        """Weights that there are, and one model to be measured."""
         super().check(settings, hyper)
         read_weights(hyper.exit_weights)
         if hyper.finetune_epochs:
             raise UsageError(
                 "depthfl measures the parts of the global network: leave finetune-epochs at 0."
-            )
-        if hyper.buffers == "static":
-            raise UsageError(
-                "buffers=static gathers the statistics of one network that all clients hold, and in "
-                "depthfl they hold different ones: take average or local."
             )
 
     @staticmethod
@@ -136,6 +139,14 @@ class DepthFL(FedAvg):
             return str(error)
         return None
 
+    def server_models(self, arrays: ArrayRecord) -> ServerModels:
+        """The global network with its exits; none whose statistics nobody keeps here, or has told yet."""
+        return super().server_models(self._norm.told(arrays, 1.0)) if self._norm.known(1.0) else {}
+
+    def before_evaluate(self) -> Sequence[Exchange]:
+        """With static statistics, gather them for every width."""
+        return self._norm.exchanges()
+
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
@@ -144,12 +155,13 @@ class DepthFL(FedAvg):
         members = self.members(grid)
         if server_round == 1:
             self._tell_untrained(arrays, members)
-        self._sent = {_size(member): self._part(arrays, member) for member in members}
+        sent = {_size(member): self._part(arrays, member) for member in members}
+        self._returns = {size: self.travelling.up(part) for size, part in sent.items()}
         return self.instruct(
             members,
             "train",
             server_round,
-            lambda member: RecordDict({"arrays": self._sent[_size(member)], "config": told}),
+            lambda member: RecordDict({"arrays": sent[_size(member)], "config": told}),
         )
 
     def aggregate_train(
@@ -160,12 +172,12 @@ class DepthFL(FedAvg):
             self,
             server_round,
             replies,
-            lambda member: self._sent[_size(member)],
+            lambda member: self._returns[_size(member)],
             self.hyper.weighting,
         )
         mean, any_came = HeldMean(as_arrays(self._global)), False
         for member, weight, model in received:
-            mean.add(weight, model, self._indices(member))
+            mean.add(weight, model, self._indices(_width(member)))
             any_came = any_came or weight > 0
         if not any_came:
             return None, None
@@ -204,19 +216,24 @@ class DepthFL(FedAvg):
             self.emit(Event("warning", 1, "train", None, text))
 
     def _part(self, arrays: ArrayRecord, member: Member) -> ArrayRecord:
-        """What travels of w to a member: the tensors of its stages, and of these its channels."""
-        sent, indices = self.travelling.down(arrays), self._indices(member)
-        names = list(sent) if member.depth is None else held_at(member.depth, sent)
+        """What travels of w to a member, with the statistics of its width."""
+        sent = self._held(self.travelling.down(arrays), *_size(member))
+        return self._norm.told(sent, _width(member))
+
+    def _held(self, arrays: ArrayRecord, depth: int | None, width: float) -> ArrayRecord:
+        """The tensors of the first stages (None: of all), and of these the channels of a width."""
+        names, indices = (
+            list(arrays) if depth is None else held_at(depth, arrays),
+            self._indices(width),
+        )
         if indices is None:
-            return ArrayRecord({name: sent[name] for name in names})
-        whole = {name: sent[name].numpy() for name in names}
+            return ArrayRecord({name: arrays[name] for name in names})
+        whole = {name: arrays[name].numpy() for name in names}
         return as_record({n: a[open_mesh(indices[n], a.shape)] for n, a in whole.items()})
 
-    def _indices(self, member: Member) -> Mapping[str, Indices] | None:
-        """Where the channels of a narrow member lie in each tensor; None: it holds all."""
-        if member.width is None or member.width == 1:
-            return None
-        return self._slicing.indices(member.width)
+    def _indices(self, width: float) -> Mapping[str, Indices] | None:
+        """Where a narrow network's channels lie in each tensor; None: it has all."""
+        return None if width == 1 else self._slicing.indices(width)
 
     @property
     def _slicing(self) -> Slicing:
@@ -224,5 +241,9 @@ class DepthFL(FedAvg):
         return slicing_of(facts.settings.model, tuple(facts.public.shape), facts.outputs)
 
 
-def _size(member: Member) -> tuple[int | None, float | None]:
-    return member.depth, member.width
+def _width(member: Member) -> float:
+    return 1.0 if member.width is None else member.width
+
+
+def _size(member: Member) -> tuple[int | None, float]:
+    return member.depth, _width(member)

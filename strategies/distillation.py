@@ -7,6 +7,7 @@ side by side in processes of their own and give the same bits as one after the o
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -87,6 +88,8 @@ class Job:
         temperature: tau; the loss is tau^2 KL(targets || softmax(z / tau)).
         hyper: ``DistilHyperparameters``.
         seed, server_round: what the random numbers come from.
+        by_moments: track no running statistics; whenever the student is to predict it has the mean
+            moments of batches of what it learns from.
     """
 
     spec: str
@@ -99,6 +102,7 @@ class Job:
     outputs: int
     seed: int
     server_round: int
+    by_moments: bool = False
 
 
 @dataclass(frozen=True)
@@ -133,6 +137,7 @@ def distil(job: Job) -> Distilled:
     from fedkit.models.build import restored
     from fedkit.models.losses import kl_divergence
     from fedkit.models.measure import predict
+    from fedkit.models.normalisation import batch_moments, untracked
     from fedkit.models.training import endless, make_optimiser, take_steps
     from fedkit.seeds import derive, torch_generator
 
@@ -147,7 +152,11 @@ def distil(job: Job) -> Distilled:
     targets = torch.from_numpy(job.targets)
     loss = kl_divergence(job.temperature, reduction="batchmean", scale=job.temperature**2)
 
+    samples, wanted = job.samples.take(learning), targets[learning]
+
     def score() -> float:
+        if job.by_moments:
+            batch_moments(student, samples, hyper.server_batch)
         if not held:
             return 0.0
         scores = predict(student, job.samples.take(scoring))
@@ -162,14 +171,21 @@ def distil(job: Job) -> Distilled:
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, max(hyper.steps, 1))
     generator = torch_generator(job.seed, f"{purpose}/order", round=job.server_round)
     batches = endless(len(learning), hyper.server_batch, generator)
-    samples, wanted = job.samples.take(learning), targets[learning]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive(job.seed, purpose, round=job.server_round))
         while taken < hyper.steps and not (hyper.steps_patience and since >= hyper.steps_patience):
             some = list(islice(batches, min(hyper.check_every, hyper.steps - taken)))
-            mean = take_steps(
-                student, samples, wanted, loss, optimiser, some, clip=hyper.clip, schedule=schedule
-            )
+            with untracked(student) if job.by_moments else nullcontext():
+                mean = take_steps(
+                    student,
+                    samples,
+                    wanted,
+                    loss,
+                    optimiser,
+                    some,
+                    clip=hyper.clip,
+                    schedule=schedule,
+                )
             taken, since = taken + len(some), since + len(some)
             now = score()
             # Without a score the last weights count, unless the student has diverged.

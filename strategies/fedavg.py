@@ -26,8 +26,8 @@ from strategies.buffers import BufferHyperparameters, Travelling, travelling
 from strategies.outer import OuterHyperparameters, check_outer, outer_step
 from strategies.rates import OPTIMISERS, OptimiserHyperparameters
 from strategies.robust import RobustHyperparameters
-from strategies.static_norm import StaticNorm
-from strategies.updates import UpdateHyperparameters, bytes_up, check_updates
+from strategies.static_norm import of_one
+from strategies.updates import UpdateHyperparameters, check_updates, weights_traffic
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ class FedAvg(FederatedStrategy):
 
     def before_evaluate(self) -> Sequence[Exchange]:
         """With static statistics, gather them."""
-        return StaticNorm(self, self.travelling).exchanges()
+        return of_one(self, self.travelling)
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -163,4 +163,4 @@ class FedAvg(FederatedStrategy):
     @staticmethod
     def traffic(hyper: Any, sizes: Sizes) -> Traffic:
         """The model down, its update up; of ``topk`` at most so much."""
-        return bytes_up(hyper, sizes), sizes.own_model
+        return weights_traffic(hyper, sizes.own)

@@ -8,12 +8,16 @@ normalisation layers, measures and saves none. For a network without them this i
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
+from fedkit.engine.strategy import Sizes, Traffic
 from fedkit.settings import setting
 from strategies.buffers import Travelling, all_but_normalisation
 from strategies.fedavg import FedAvg, FedAvgHyperparameters
+from strategies.updates import weights_traffic
 
 
 @dataclass(frozen=True)
@@ -37,3 +41,9 @@ class FedBN(FedAvg):
     def travelling(self) -> Travelling:
         """All but the normalisation layers."""
         return all_but_normalisation(self.facts, self.facts.settings.model)
+
+    @staticmethod
+    def traffic(hyper: Any, sizes: Sizes) -> Traffic:
+        """FedAvg's, of a network without normalisation layers."""
+        left = sizes.own.bytes - 4 * sum(map(math.prod, sizes.own.normalisation))
+        return weights_traffic(hyper, sizes.own._replace(bytes=left, normalisation=()))

@@ -7,14 +7,17 @@ for the clients to digest. No weights travel, whatever the networks.
 
 ``exchange=weights`` (the paper, algorithm 3): clients of one architecture share a model. Each round they
 train it, the server averages their weights, group by group, and lets every group's mean learn the ensemble
-of *all* clients' networks on the unlabelled public set. With ``steps=0`` this is FedAvg to the bit.
+of *all* clients' networks on the unlabelled public set. With ``steps=0`` this is FedAvg to the bit. Where
+running statistics don't come with the weights (``buffers``) the server runs clients' networks and students
+with the moments of the public subset: all of them learned with those of their batches.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -31,14 +34,18 @@ from fedkit.knowledge.consensus import Consensus, Upload
 from fedkit.knowledge.quality import accuracy
 from fedkit.knowledge.reduction import Arrays, NothingToAverage, WeightedMean
 from fedkit.knowledge.softening import softened
+from fedkit.models.build import parameter_names
 from fedkit.registry import check as check_name
 from fedkit.settings import FederationSettings
 from strategies.averaging import received_models
+from strategies.buffers import travelling
 from strategies.distillation import Distilled
 from strategies.feddf_settings import PRESETS, FedDFHyperparameters
 from strategies.public_round import PublicRound
 from strategies.reducer import Reducer, check_reducer
+from strategies.static_norm import StaticNorm, Wanted, moments
 from strategies.students import Students, answers, architectures, as_models, check_students
+from strategies.updates import check_weights, weights_traffic
 
 
 @dataclass
@@ -61,6 +68,14 @@ class FedDF(PublicRound):
         self._reduce = Reducer(self.hyper)
         self._targets: dict[str, Consensus] = {}
         self._answered: set[int] = set()
+        facts, buffers = self.facts, self.hyper.buffers
+        self._parameters = cache(
+            lambda spec: parameter_names(spec, facts.public.shape, facts.outputs)
+        )
+        # Which tensors of a group's model go to clients and come back.
+        self._travelling = cache(lambda spec: travelling(facts, spec, buffers))
+        # Whether the server has statistics of no client's network.
+        self._by_moments = buffers != "average"
 
     @classmethod
     def check(cls, settings: FederationSettings, hyper: Any) -> None:
@@ -68,6 +83,7 @@ class FedDF(PublicRound):
         super().check(settings, hyper)
         check_reducer(hyper, hyper.space)
         check_students(settings, hyper)
+        check_weights(hyper)
         if hyper.drop_worst and not settings.public_labels:
             raise UsageError("drop-worst measures on labels: set public-labels=true as well.")
         if hyper.students != "auto":
@@ -79,9 +95,9 @@ class FedDF(PublicRound):
 
     @staticmethod
     def traffic(hyper: Any, sizes: Sizes) -> Traffic:
-        """Logits, or the client's model both ways."""
+        """Logits, or the client's model down and its update up."""
         if hyper.exchange == "weights":
-            return sizes.own_model, sizes.own_model
+            return weights_traffic(hyper, sizes.own)
         return PublicRound.traffic(hyper, sizes)
 
     def close(self) -> None:
@@ -89,9 +105,12 @@ class FedDF(PublicRound):
         self._students.close()
 
     def server_models(self, arrays: ArrayRecord) -> ServerModels:
-        """Students, or the groups' models."""
-        kind = "student" if self.hyper.exchange == "logits" else "global"
-        return as_models(self.state.models, kind)
+        """Students, or the groups' models; of these only such as are whole here."""
+        models = self.state.models
+        if self.hyper.exchange == "logits":
+            return as_models(models, "student")
+        whole = {spec: one for spec, one in models.items() if not self._travelling(spec).never}
+        return as_models(whole, "global")
 
     def exchanges(self) -> Sequence[Exchange]:
         """Local training, distillation at the server, digest; or only train, with weights."""
@@ -152,20 +171,47 @@ class FedDF(PublicRound):
 
     # exchange=weights
 
+    def parameters_of(self, member: Member) -> frozenset[str]:
+        """Names of the tensors of its group's model that training moves."""
+        return self._parameters(member.model)
+
+    def before_evaluate(self) -> Sequence[Exchange]:
+        """With static statistics, gather those of every group."""
+        if self.hyper.exchange == "logits" or self.hyper.buffers != "static":
+            return []
+
+        def question(
+            server_round: int, arrays: ArrayRecord, members: Sequence[Member]
+        ) -> Callable[[Member], RecordDict]:
+            models, config = self._models_of(members), self.config(server_round)
+            return lambda one: RecordDict({"arrays": models[one.model], "config": config})
+
+        def wanted(arrays: ArrayRecord, member: Member) -> Wanted:
+            model = self.state.models.get(member.model, {})
+            layers = moments(model, self._travelling(member.model))
+            return {member.model: layers} if layers else {}
+
+        def take(arrays: ArrayRecord, means: Mapping[str, Arrays]) -> None:
+            for spec, layers in means.items():
+                self.state.models[spec] = {**self.state.models[spec], **layers}
+
+        return [StaticNorm(self, question, wanted, take).exchange()]
+
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Send each client its group's model."""
-        for spec in architectures("auto", [member.model for member in self.members(grid)]):
-            if spec not in self.state.models:
-                self.state.models[spec] = as_arrays(self.facts.initial_weights(spec))
-        self._sent = {spec: as_record(model) for spec, model in self.state.models.items()}
-        settings = self.config(server_round)
+        members, settings = self.members(grid), self.config(server_round)
+        sent = {
+            spec: self._travelling(spec).down(model)
+            for spec, model in self._models_of(members).items()
+        }
+        self._returned = {spec: self._travelling(spec).up(model) for spec, model in sent.items()}
 
         def content(member: Member) -> RecordDict:
-            return RecordDict({"arrays": self._sent[member.model], "config": settings})
+            return RecordDict({"arrays": sent[member.model], "config": settings})
 
-        return self.instruct(self.members(grid), "train", server_round, content)
+        return self.instruct(members, "train", server_round, content)
 
     def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> Aggregated:
         """Average each group; then every group's mean learns the ensemble of all clients' networks."""
@@ -175,7 +221,7 @@ class FedDF(PublicRound):
             self,
             server_round,
             replies,
-            lambda member: self._sent[member.model],
+            lambda member: self._returned[member.model],
             self.hyper.model_weighting,
         )
 
@@ -183,7 +229,7 @@ class FedDF(PublicRound):
             for member, weight, model in received:
                 logits = None
                 if self.hyper.steps:
-                    logits = answers(self.facts, member.model, model, self._indices)
+                    logits = self._logits(member.model, model)
                     if not np.isfinite(logits).all():  # finite weights may still be too large
                         reason = "its model's class scores are not finite"
                         self.reject(server_round, "train", member, reason)
@@ -198,7 +244,7 @@ class FedDF(PublicRound):
             ensemble = None
         for spec, mean in means.items():
             try:
-                self.state.models[spec] = mean.result()
+                self.state.models[spec] = {**self.state.models[spec], **mean.result()}
             except NothingToAverage:  # nobody of this group has samples
                 continue
         if ensemble is not None and ensemble.valid.any():
@@ -217,9 +263,23 @@ class FedDF(PublicRound):
 
         def content(member: Member) -> RecordDict:
             model = models.get(member.model) or self.facts.initial_weights(member.model)
-            return RecordDict({"arrays": model, "config": config})
+            sent = self._travelling(member.model).down(model)
+            return RecordDict({"arrays": sent, "config": config})
 
         return self.instruct(self.members(grid), "evaluate", server_round, content)
+
+    def _models_of(self, members: Sequence[Member]) -> dict[str, ArrayRecord]:
+        """The groups' models, new ones for architectures that have not been here before."""
+        for spec in architectures("auto", [member.model for member in members]):
+            if spec not in self.state.models:
+                self.state.models[spec] = as_arrays(self.facts.initial_weights(spec))
+        return {spec: as_record(model) for spec, model in self.state.models.items()}
+
+    def _logits(self, spec: str, model: Arrays) -> Logits:
+        """What a client's network says on the public subset of the round."""
+        whole = {**self.state.models[spec], **model}
+        batch = self.hyper.server_batch if self._by_moments else 0
+        return answers(self.facts, spec, whole, self._indices, moments_of=batch)
 
     def _teaches(self, server_round: int, member: Member, logits: Logits) -> bool:
         """Whether a client's network is in the ensemble; not if it should be better than chance."""
@@ -251,7 +311,9 @@ class FedDF(PublicRound):
         students = {
             spec: models.get(spec) or as_arrays(self.facts.initial_weights(spec)) for spec in specs
         }
-        learned = self._students.learn(server_round, exchange, students, indices, ensemble, tau)
+        learned = self._students.learn(
+            server_round, exchange, students, indices, ensemble, tau, by_moments=self._by_moments
+        )
         models |= {spec: done.weights for spec, done in learned.items()}
         return learned
 

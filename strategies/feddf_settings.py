@@ -6,14 +6,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from fedkit.settings import Value, setting
+from strategies.buffers import BufferHyperparameters
 from strategies.distillation import DistilHyperparameters
 from strategies.rates import OptimiserHyperparameters
 from strategies.reducer import ConsensusHyperparameters
+from strategies.updates import UpdateHyperparameters
 
 
 @dataclass(frozen=True)
 class FedDFHyperparameters(
-    OptimiserHyperparameters, DistilHyperparameters, ConsensusHyperparameters
+    OptimiserHyperparameters,
+    DistilHyperparameters,
+    ConsensusHyperparameters,
+    BufferHyperparameters,
+    UpdateHyperparameters,
 ):
     """FedDF's hyper-parameters; [P] paper, [C] the authors' code."""
 
@@ -56,10 +62,12 @@ class FedDFHyperparameters(
     )
     buffers: str = setting(
         "average",
-        "exchange=weights: running statistics of batch normalisation are averaged as weights are, since "
-        "the server runs the clients' networks with them",
-        choices=("average",),
-        source="[P]",
+        "exchange=weights: running statistics of batch normalisation: averaged as weights are, and the "
+        "server runs the clients' networks with theirs; local: each client keeps its own; static: none in "
+        "training, gathered from all clients before each measuring; of these two the server runs every "
+        "network with the moments of the public subset",
+        choices=("average", "local", "static"),
+        source="[P] average",
     )
     drop_worst: bool = setting(
         False,

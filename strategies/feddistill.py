@@ -37,8 +37,9 @@ from strategies.distillation import DistilHyperparameters
 from strategies.public_round import PublicRound
 from strategies.rates import OptimiserHyperparameters
 from strategies.reducer import ConsensusHyperparameters, Reducer, check_reducer
-from strategies.static_norm import StaticNorm
+from strategies.static_norm import of_one
 from strategies.students import Students, check_students
+from strategies.updates import UpdateHyperparameters, check_weights, weights_traffic
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class FedDistillHyperparameters(
     DistilHyperparameters,
     ConsensusHyperparameters,
     BufferHyperparameters,
+    UpdateHyperparameters,
 ):
     """FedDistill's hyper-parameters; [S] the source."""
 
@@ -117,8 +119,9 @@ class FedDistillHyperparameters(
     buffers: str = setting(
         "average",
         "exchange=weights: running statistics of batch normalisation in the copies: averaged as weights "
-        "are; static: none in training, gathered from all clients before each measuring",
-        choices=("average", "static"),
+        "are; local: each client keeps its copy's; static: none in training, gathered from all clients "
+        "before each measuring",
+        choices=("average", "local", "static"),
         source="ours; [S] does not say",
     )
 
@@ -159,6 +162,7 @@ class FedDistill(PublicRound):
         super().check(settings, hyper)
         check_reducer(hyper, "prob")
         check_students(settings, hyper)
+        check_weights(hyper)
 
     @staticmethod
     def space_of(hyper: Any) -> str:
@@ -167,9 +171,9 @@ class FedDistill(PublicRound):
 
     @staticmethod
     def traffic(hyper: Any, sizes: Sizes) -> Traffic:
-        """Logits, or the global model both ways."""
+        """Logits, or the global model down and its update up."""
         if hyper.exchange == "weights":
-            return sizes.global_model, sizes.global_model
+            return weights_traffic(hyper, sizes.common)
         return PublicRound.traffic(hyper, sizes)
 
     def close(self) -> None:
@@ -192,9 +196,11 @@ class FedDistill(PublicRound):
         return self.facts.initial_weights(self.facts.settings.model)
 
     def server_models(self, arrays: ArrayRecord) -> ServerModels:
-        """The global model."""
+        """The global model; none where a part of it stays with the clients."""
         if self.hyper.exchange == "logits":
             arrays = as_record(self.state.student)
+        elif self.travelling.never:
+            return {}
         return {"global": (self.facts.settings.model, arrays)} if arrays else {}
 
     # exchange=logits
@@ -245,20 +251,21 @@ class FedDistill(PublicRound):
 
     @cached_property
     def travelling(self) -> Travelling:
-        """Which tensors of the copies come back."""
+        """Which tensors of the copies go to clients and come back."""
         return travelling(self.facts, self.facts.settings.model, self.hyper.buffers)
 
     def before_evaluate(self) -> Sequence[Exchange]:
         """With static statistics, gather them."""
         weights = self.hyper.exchange == "weights"
-        return StaticNorm(self, self.travelling).exchanges() if weights else []
+        return of_one(self, self.travelling) if weights else []
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Send the global model theta."""
-        content = RecordDict({"arrays": arrays, "config": self.config(server_round)})
-        self._global, self._returned = arrays, self.travelling.up(arrays)
+        self._global, sent = arrays, self.travelling.down(arrays)
+        self._returned = self.travelling.up(sent)
+        content = RecordDict({"arrays": sent, "config": self.config(server_round)})
         return self.instruct(self.members(grid), "train", server_round, lambda member: content)
 
     def aggregate_train(
@@ -276,6 +283,8 @@ class FedDistill(PublicRound):
     ) -> Iterable[Message]:
         """Ask every member to measure its own model; where weights travel, the global one as well."""
         config["model"], config["teacher"] = self.facts.settings.model, bool(arrays)
+        if arrays:
+            config["own"], arrays = bool(self.travelling.never), self.travelling.down(arrays)
         return super().configure_evaluate(server_round, arrays, config, grid)
 
     def _noted(self, uploads: Iterable[tuple[Member, Upload]]) -> Iterable[tuple[Member, Upload]]:

@@ -43,21 +43,22 @@ from fedkit.settings import FederationSettings
 from strategies.averaging import received_models
 from strategies.buffers import Travelling, travelling
 from strategies.heterofl_settings import PRESETS, HeteroFLHyperparameters
-from strategies.static_norm import KIND, NAME, gathered, moments
-from strategies.updates import bytes_up, check_updates
+from strategies.level_norm import LevelNorm, LevelState
+from strategies.outer import check_outer, outer_step
+from strategies.updates import check_updates, weights_traffic
 
 
 @dataclass
-class HeteroFLState:
-    """What HeteroFL remembers.
+class HeteroFLState(LevelState):
+    """What HeteroFL remembers beside the levels in use.
 
     Attributes:
-        used: the levels at which clients have been asked to train or measure, the widest first.
-        statistics: the static statistics of each of them, by its width as text.
+        momentum: the outer optimiser's u, by tensor (float64).
+        trained: with ``buffers=local`` the widest level at which each client has trained, by client.
     """
 
-    used: list[float] = field(default_factory=list)
-    statistics: dict[str, Arrays] = field(default_factory=dict)
+    momentum: Arrays = field(default_factory=dict)
+    trained: dict[int, float] = field(default_factory=dict)
 
 
 class HeteroFL(FederatedStrategy):
@@ -83,13 +84,9 @@ class HeteroFL(FederatedStrategy):
     def check(cls, settings: FederationSettings, hyper: Any) -> None:
         """Levels that are some, and settings that go together."""
         super().check(settings, hyper)
+        check_outer(hyper)
         check_updates(hyper)
         read_levels(hyper.levels)
-        if hyper.assignment == "dynamic" and hyper.buffers == "local":
-            raise UsageError(
-                "Statistics that a client keeps are of one width, and assignment=dynamic gives it others: "
-                "take assignment=fix, or buffers=static."
-            )
         if hyper.assignment == "dynamic" and hyper.keep_optimiser:
             raise UsageError(
                 "An optimiser's moments are of one width, and assignment=dynamic gives a client others: "
@@ -99,7 +96,7 @@ class HeteroFL(FederatedStrategy):
     @staticmethod
     def traffic(hyper: Any, sizes: Sizes) -> Traffic:
         """The client's part of the network, both ways; of ``topk`` at most so much up."""
-        return bytes_up(hyper, sizes), sizes.own_model
+        return weights_traffic(hyper, sizes.own)
 
     @staticmethod
     def width(hyper: Any, settings: FederationSettings, client: int, told: float | None) -> float:
@@ -121,6 +118,15 @@ class HeteroFL(FederatedStrategy):
         """Which tensors go to clients and come back, at any width."""
         return travelling(self.facts, self.facts.settings.model, self.hyper.buffers)
 
+    @cached_property
+    def _norm(self) -> LevelNorm:
+        return LevelNorm(
+            self,
+            self.travelling,
+            self._capacity,
+            lambda arrays, depth, width: as_record(self.sliced.take(as_arrays(arrays), width)),
+        )
+
     def initial_arrays(self) -> ArrayRecord:
         """The global network's initial weights, from the run's seed."""
         return self.facts.initial_weights(self._name(self._levels[0]))
@@ -139,7 +145,7 @@ class HeteroFL(FederatedStrategy):
                 self._part(theta, width),
             )
             for width in dict.fromkeys([widest, *self.state.used])
-            if not self.travelling.down_only or label(width) in self.state.statistics
+            if self._norm.known(width)
         }
 
     def configure_train(
@@ -150,7 +156,7 @@ class HeteroFL(FederatedStrategy):
         members = self.members(grid)
         for member in members:
             self._tell_width(server_round, member)
-        self._use(self._widths[member.client] for member in members)
+        self._norm.use(self._widths[member.client] for member in members)
         parts = self._parts(self._global, (self._widths[member.client] for member in members))
         sent = {width: self.travelling.down(part) for width, part in parts.items()}
         self._returned = {width: self.travelling.up(part) for width, part in sent.items()}
@@ -164,8 +170,11 @@ class HeteroFL(FederatedStrategy):
         return self.instruct(members, "train", server_round, content)
 
     def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> Aggregated:
-        """theta <- for each element the mean over its holders; without any, as it was."""
-        mean = HeldMean(self._global)
+        """theta <- for each element the mean over its holders, or as ``outer`` steps towards that.
+
+        Without any holder an element stays as it was, but for momentum.
+        """
+        mean, any_came = HeldMean(self._global), False
         for member, weight, part in received_models(
             self,
             server_round,
@@ -182,26 +191,37 @@ class HeteroFL(FederatedStrategy):
                     continue
                 part, indices = holding(part, indices, self.sliced.slicing.logits, classes)
             mean.add(weight, part, indices)
-        return as_record(mean.result()), None
+            any_came = any_came or weight > 0
+            self._note_trained(member)
+        if not any_came:
+            return None, None
+        before, after = as_record(self._global), as_record(mean.result())
+        return outer_step(self, server_round, before, after), None
 
     def before_evaluate(self) -> Sequence[Exchange]:
         """With static statistics, gather them for every level."""
-        if not self.travelling.down_only:
-            return []
-        return [Exchange(NAME, self._configure_statistics, self._aggregate_statistics)]
+        return self._norm.exchanges()
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Ask every member to measure the widest part of theta that it can hold."""
+        """Ask every member to measure the widest part of theta that it can hold.
+
+        With statistics of its own, the widest that it has trained, since it has them of no other.
+        """
+
+        def measured(member: Member) -> float:
+            most: float = self._capacity(member)
+            trained: float = self.state.trained.get(member.client, most)
+            return min(most, trained)
 
         def content(member: Member) -> RecordDict:
-            width = self._capacity(member)
+            width = measured(member)
             own = bool(self.travelling.never)
             told = ConfigRecord({**config, "model": self._name(width), "own": own})
             return RecordDict({"arrays": self.travelling.down(parts[width]), "config": told})
 
-        parts = self._parts(as_arrays(arrays), map(self._capacity, self.members(grid)))
+        parts = self._parts(as_arrays(arrays), map(measured, self.members(grid)))
         return self.instruct(self.members(grid), "evaluate", server_round, content)
 
     def answers(self, replies: Iterable[Message]) -> Iterator[tuple[Member, RecordDict]]:
@@ -238,61 +258,21 @@ class HeteroFL(FederatedStrategy):
 
     def _part(self, arrays: Arrays, width: float) -> ArrayRecord:
         """What a width keeps of the global network, with the statistics of its own level."""
-        part = self.sliced.take(arrays, width)
-        return as_record({**part, **self.state.statistics.get(label(width), {})})
+        return self._norm.told(as_record(self.sliced.take(arrays, width)), width)
 
     def _parts(self, arrays: Arrays, widths: Iterable[float]) -> dict[float, ArrayRecord]:
         return {width: self._part(arrays, width) for width in dict.fromkeys(widths)}
 
-    def _use(self, widths: Iterable[float]) -> None:
-        self.state.used = sorted({*self.state.used, *widths}, reverse=True)
+    def _note_trained(self, member: Member) -> None:
+        if self.travelling.never:
+            trained, width = self.state.trained, self._widths[member.client]
+            trained[member.client] = max(width, trained.get(member.client, 0.0))
 
     def _tell_width(self, server_round: int, member: Member) -> None:
         width = self._width(server_round, member)
         if self._widths.get(member.client) != width:
             self._widths[member.client] = width
             self.emit(Event("width", server_round, "train", member.client, None, width))
-
-    # Static statistics
-
-    def _configure_statistics(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> Iterable[Message]:
-        members, settings = self.members(grid), self.config(server_round)
-        self._use(map(self._capacity, members))
-        parts = self._parts(as_arrays(arrays), map(self._capacity, members))
-
-        def content(member: Member) -> RecordDict:
-            levels = ",".join(map(label, self._known_to(member)))
-            told = ConfigRecord({**settings, "width": self._capacity(member), "levels": levels})
-            return RecordDict({"arrays": parts[self._capacity(member)], "config": told})
-
-        return self.instruct(members, KIND, server_round, content)
-
-    def _aggregate_statistics(self, server_round: int, replies: Iterable[Message]) -> Aggregated:
-        def wanted(member: Member) -> dict[str, dict[str, tuple[int, ...]]]:
-            return {label(level): self._statistics[level] for level in self._known_to(member)}
-
-        self.state.statistics |= gathered(self, server_round, replies, wanted)
-        return None, None
-
-    def _known_to(self, member: Member) -> list[float]:
-        """The levels in use that a client can run."""
-        return [level for level in self.state.used if level <= self._capacity(member)]
-
-    @cached_property
-    def _statistics(self) -> dict[float, dict[str, tuple[int, ...]]]:
-        """For each level its statistics' names and how many channels they are of."""
-        return {
-            level: moments(
-                {
-                    name: tuple(tensor.shape)
-                    for name, tensor in self.sliced.slicing.network(level).state_dict().items()
-                    if name in self.travelling.down_only
-                }
-            )
-            for level in self._levels
-        }
 
 
 @cache

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 
 from fedkit.settings import Value, setting
 from strategies.buffers import BufferHyperparameters
+from strategies.outer import OuterHyperparameters
 from strategies.rates import OPTIMISERS, OptimiserHyperparameters
 from strategies.updates import UpdateHyperparameters
 
 
 @dataclass(frozen=True)
 class HeteroFLHyperparameters(
-    OptimiserHyperparameters, BufferHyperparameters, UpdateHyperparameters
+    OptimiserHyperparameters, BufferHyperparameters, OuterHyperparameters, UpdateHyperparameters
 ):
     """HeteroFL's hyper-parameters."""
 

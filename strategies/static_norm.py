@@ -10,11 +10,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TypeAlias
+from functools import partial
+from typing import Any, TypeAlias
 
 import numpy as np
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
+from numpy.typing import NDArray
 
 from fedkit.engine.events import Event
 from fedkit.engine.roster import Member
@@ -24,45 +26,92 @@ from fedkit.knowledge.reduction import Arrays, WeightedMean
 from strategies.buffers import Travelling
 
 NAME, KIND = "statistics", "query.statistics"
-# The one network of a strategy that has no more.
-WHOLE = "global"
-# Of each network that a client runs its data through, by a label, the statistics' names and channels.
+# Of each network that a client runs its data through, by a label, the statistics' names and shapes.
 Wanted: TypeAlias = Mapping[str, Mapping[str, tuple[int, ...]]]
+# (round, global model, who measures) -> what each of them is sent.
+Question: TypeAlias = Callable[[int, ArrayRecord, Sequence[Member]], Callable[[Member], RecordDict]]
+# The global model with what was told, by label; None where that is kept elsewhere.
+Take: TypeAlias = Callable[[ArrayRecord, Mapping[str, Arrays]], ArrayRecord | None]
 
 
 class StaticNorm:
-    """The statistics of a strategy's one global network."""
+    """The exchange in which a strategy gathers the statistics of its networks."""
 
-    def __init__(self, strategy: FederatedStrategy, travelling: Travelling) -> None:
+    def __init__(
+        self,
+        strategy: FederatedStrategy,
+        question: Question,
+        wanted: Callable[[ArrayRecord, Member], Wanted],
+        take: Take,
+    ) -> None:
+        """Nothing gathered yet.
+
+        Args:
+            strategy: whose members are asked.
+            question: what each is sent.
+            wanted: of the global model what each tells; who would tell nothing is not asked.
+            take: where that goes.
+        """
         self._strategy = strategy
-        self._travelling = travelling
+        self._question = question
+        self._wanted = wanted
+        self._take = take
 
-    def exchanges(self) -> Sequence[Exchange]:
-        """What comes before a measuring; nothing where there are no statistics."""
-        if not self._travelling.down_only:
-            return []
-        return [Exchange(NAME, self._configure, self._aggregate)]
+    def exchange(self) -> Exchange:
+        """What comes before a measuring."""
+        return Exchange(NAME, self._configure, self._aggregate)
 
     def _configure(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         self._arrays = arrays
-        content = RecordDict({"arrays": arrays, "config": self._strategy.config(server_round)})
         members = self._strategy.members(grid)
-        return self._strategy.instruct(members, KIND, server_round, lambda member: content)
+        question = self._question(server_round, arrays, members)
+        self._asked = [member for member in members if self._wanted(arrays, member)]
+        return self._strategy.instruct(self._asked, KIND, server_round, question)
 
     def _aggregate(self, server_round: int, replies: Iterable[Message]) -> Aggregated:
-        names = self._travelling.down_only
-        wanted = {WHOLE: moments({n: a.shape for n, a in self._arrays.items() if n in names})}
-        means = gathered(self._strategy, server_round, replies, lambda member: wanted)
-        if WHOLE not in means:
-            return None, None
-        return self._travelling.merged(self._arrays, as_record(means[WHOLE])), None
+        wanted = partial(self._wanted, self._arrays)
+        means = gathered(self._strategy, server_round, replies, wanted)
+        if self._asked and not means:
+            text = (
+                "no client told the statistics of its batches (all have fewer than two samples, or "
+                "failed): the networks are measured with those from before"
+            )
+            self._strategy.emit(Event("warning", server_round, NAME, None, text))
+        return self._take(self._arrays, means), None
 
 
-def moments(statistics: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """Of running statistics (name -> shape) the means and variances, without the counters."""
-    return {name: tuple(shape) for name, shape in statistics.items() if len(shape)}
+def of_one(strategy: FederatedStrategy, travelling: Travelling) -> Sequence[Exchange]:
+    """What comes before a measuring, where there is one global network; nothing without statistics."""
+    if not travelling.down_only:
+        return []
+    label = strategy.facts.settings.model
+
+    def question(
+        server_round: int, arrays: ArrayRecord, members: Sequence[Member]
+    ) -> Callable[[Member], RecordDict]:
+        content = RecordDict({"arrays": arrays, "config": strategy.config(server_round)})
+        return lambda member: content
+
+    def wanted(arrays: ArrayRecord, member: Member) -> Wanted:
+        return {label: moments(arrays, travelling)}
+
+    def take(arrays: ArrayRecord, means: Mapping[str, Arrays]) -> ArrayRecord | None:
+        return travelling.merged(arrays, as_record(means[label])) if label in means else None
+
+    return [StaticNorm(strategy, question, wanted, take).exchange()]
+
+
+def moments(
+    arrays: Mapping[str, Array | NDArray[Any]], travelling: Travelling
+) -> dict[str, tuple[int, ...]]:
+    """Of a network's running statistics the means and variances and their shapes, without counters."""
+    return {
+        name: tuple(array.shape)
+        for name, array in arrays.items()
+        if name in travelling.down_only and len(array.shape)
+    }
 
 
 def gathered(
@@ -73,10 +122,10 @@ def gathered(
 ) -> dict[str, Arrays]:
     """The mean over all batches of what clients tell, for each network that some client has run.
 
-    A reply that is not what was wanted of the member, or makes no sense, is left out and named.
+    Of a layer that not all have, over the batches of those who do. A reply that is not what was wanted of
+    the member, or makes no sense, is left out and named.
     """
-    means: dict[str, WeightedMean] = defaultdict(WeightedMean)
-    told = False
+    means: dict[str, dict[str, WeightedMean]] = defaultdict(lambda: defaultdict(WeightedMean))
     for member, content in strategy.answers(replies):
         try:
             batches = _batches(content, member)
@@ -89,15 +138,12 @@ def gathered(
             strategy.reject(server_round, NAME, member, reason)
             continue
         for label, arrays in read.items():
-            means[label].add(batches, arrays)
-            told = True
-    if not told:
-        text = (
-            "no client told the statistics of its batches (all have fewer than two samples, or failed): "
-            "the networks are measured with those from before"
-        )
-        strategy.emit(Event("warning", server_round, NAME, None, text))
-    return {label: mean.result() for label, mean in means.items()}
+            for name, values in arrays.items():
+                means[label][name].add(batches, {name: values})
+    return {
+        label: {name: mean.result()[name] for name, mean in layers.items()}
+        for label, layers in means.items()
+    }
 
 
 def _batches(content: RecordDict, member: Member) -> int:

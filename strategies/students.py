@@ -37,6 +37,8 @@ class Students:
         indices: Indices,
         target: Consensus,
         temperature: float,
+        *,
+        by_moments: bool = False,
     ) -> dict[str, Distilled]:
         """Let every student learn the target (probabilities) on the valid rows of a subset.
 
@@ -46,6 +48,7 @@ class Students:
             indices: the subset (int64, M).
             target: what the ensemble says on it, softened by ``temperature``.
             temperature: tau of the students' side.
+            by_moments: whether they are normalised by the moments of what they learn, see ``Job``.
 
         Returns:
             By architecture; ``logits`` are the student's on the whole subset (float32, M x C).
@@ -65,6 +68,7 @@ class Students:
                 outputs=facts.outputs,
                 seed=facts.settings.seed,
                 server_round=server_round,
+                by_moments=by_moments,
             )
             for spec, weights in students.items()
         ]
@@ -96,16 +100,31 @@ class Students:
         return self._strategy.facts.public.take(torch.from_numpy(indices))
 
 
-def answers(facts: Facts, spec: str, weights: Arrays, indices: Indices) -> Logits:
-    """A network's class scores on a public subset (float32, M x C), in evaluation mode."""
+def answers(
+    facts: Facts, spec: str, weights: Arrays, indices: Indices, moments_of: int = 0
+) -> Logits:
+    """A network's class scores on a public subset (float32, M x C), in evaluation mode.
+
+    Args:
+        facts: of the federation.
+        spec: the architecture.
+        weights: its state dict.
+        indices: the subset.
+        moments_of: instead of the running statistics in ``weights`` the mean moments of batches of so
+            many of these samples; 0: those in ``weights``.
+    """
     import torch
 
     from fedkit.models.build import restored
     from fedkit.models.measure import predict
+    from fedkit.models.normalisation import batch_moments
 
     tensors = {name: torch.from_numpy(np.array(a)) for name, a in weights.items()}
     model = restored(spec, facts.public.shape, facts.outputs, tensors)
-    logits: Logits = predict(model, facts.public.take(torch.from_numpy(indices))).numpy()
+    samples = facts.public.take(torch.from_numpy(indices))
+    if moments_of:
+        batch_moments(model, samples, moments_of)
+    logits: Logits = predict(model, samples).numpy()
     return logits
 
 

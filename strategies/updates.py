@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from flwr.app import ArrayRecord, MetricRecord, RecordDict
 
 from fedkit.engine.events import Event
-from fedkit.engine.strategy import FederatedStrategy, Sizes
+from fedkit.engine.roster import Member
+from fedkit.engine.strategy import FederatedStrategy, NetworkSize, Traffic
+from fedkit.errors import UsageError
 from fedkit.knowledge.arrays import read_array
 from fedkit.knowledge.reduction import Arrays
 from fedkit.knowledge.relevance import read_threshold
 from fedkit.knowledge.updates import compressed, make_update_codec, sent_bytes
-from fedkit.settings import setting
+from fedkit.settings import key, setting
 
 
 @dataclass(frozen=True)
@@ -42,13 +45,35 @@ def check_updates(hyper: UpdateHyperparameters) -> None:
     read_threshold(hyper.relevance)
 
 
-def bytes_up(hyper: UpdateHyperparameters, sizes: Sizes) -> int:
-    """Tensor bytes that a client sends, at most, of a model of these sizes."""
+def check_weights(hyper: Any) -> None:
+    """Raise ``UsageError`` for what is done with weights where none travel (``exchange=logits``)."""
+    check_updates(hyper)
+    plain = UpdateHyperparameters()
+    for name, without in (
+        ("update_codec", plain.update_codec),
+        ("relevance", plain.relevance),
+        ("buffers", "average"),
+    ):
+        value = getattr(hyper, name)
+        if hyper.exchange == "logits" and value != without:
+            raise UsageError(
+                f"{key(name)}={value} is about weights, and with exchange=logits none travel: set "
+                "exchange=weights as well, or leave it out."
+            )
+
+
+def weights_traffic(hyper: Any, network: NetworkSize) -> Traffic:
+    """Tensor bytes that a client sends, at most, and takes, where a network's weights travel.
+
+    ``hyper`` has ``BufferHyperparameters`` and ``UpdateHyperparameters``.
+    """
+    down = network.bytes - (network.statistics if hyper.buffers == "local" else 0)
+    up = network.bytes - (network.statistics if hyper.buffers != "average" else 0)
     codec = make_update_codec(hyper.update_codec)
-    if codec is None:
-        return sizes.own_model
-    plain = 4 * sum(map(math.prod, sizes.parameters))
-    return sizes.own_model - plain + codec.most_bytes(sizes.parameters)
+    if codec is not None:
+        shapes = network.parameters + network.normalisation
+        up += codec.most_bytes(shapes) - 4 * sum(map(math.prod, shapes))
+    return up, down
 
 
 class Reading:
@@ -61,26 +86,29 @@ class Reading:
         self._hyper = hyper if isinstance(hyper, UpdateHyperparameters) else UpdateHyperparameters()
         self._codec = make_update_codec(self._hyper.update_codec)
         self._answers = 0
-        self._skipped: list[ArrayRecord] = []
+        self._saved = 0
+        self._skipped = 0
 
-    def skipped(self, content: RecordDict, sent: ArrayRecord) -> bool:
+    def skipped(self, member: Member, content: RecordDict, sent: ArrayRecord) -> bool:
         """Whether a reply says that its update is not relevant, and holds none."""
         self._answers += 1
         told = content.metric_records.get("metrics", MetricRecord()).get("skipped")
         skipped = bool(self._hyper.relevance) and told == 1 and not content.array_records
         if skipped:
-            self._skipped.append(sent)
+            names = self._strategy.parameters_of(member)
+            self._skipped += 1
+            self._saved += sent_bytes(self._hyper.update_codec, sent, names)
         return skipped
 
-    def model(self, content: RecordDict, sent: ArrayRecord) -> Arrays:
-        """The weights w_k in a reply to weights w that were ``sent``, in their order.
+    def model(self, member: Member, content: RecordDict, sent: ArrayRecord) -> Arrays:
+        """The weights w_k in a member's reply to weights w that were ``sent``, in their order.
 
         Raises:
             ValueError: they are not shaped like those, or not finite.
         """
         if self._codec is None:
             return read_arrays(content.array_records.get("arrays"), sent)
-        names = compressed(sent, self._strategy.parameters)
+        names = compressed(sent, self._strategy.parameters_of(member))
         before = {name: sent[name].numpy() for name in names}
         others = ArrayRecord({name: array for name, array in sent.items() if name not in before})
         came = read_arrays(content.array_records.get("arrays"), others)
@@ -101,10 +129,8 @@ class Reading:
         """Emit which share of the answers held no update, and the bytes that this saved."""
         if not self._hyper.relevance:
             return
-        names = self._strategy.parameters
-        saved = sum(sent_bytes(self._hyper.update_codec, sent, names) for sent in self._skipped)
-        share = len(self._skipped) / self._answers if self._answers else 0.0
-        for name, value in (("skipped_share", share), ("bytes_saved", float(saved))):
+        share = self._skipped / self._answers if self._answers else 0.0
+        for name, value in (("skipped_share", share), ("bytes_saved", float(self._saved))):
             event = Event("metric", server_round, "train", None, name, value, self._answers)
             self._strategy.emit(event)
 

@@ -205,8 +205,8 @@ def tampered(change):
         (lambda c: c.metric_records["metrics"].update({"batches": 10**9}), "batches"),
         (lambda c: c.metric_records["metrics"].update({"batches": -1}), "batches"),
         (lambda c: c.metric_records["metrics"].update({"batches": 0.5}), "batches"),
-        (lambda c: c.pop("global"), "does not tell"),
-        (lambda c: c["global"].popitem(), "does not tell"),
+        (lambda c: c.pop("lenet:batch"), "does not tell"),
+        (lambda c: c["lenet:batch"].popitem(), "does not tell"),
         (lambda c: _spoil(c, np.nan), "not finite"),
         (lambda c: _spoil(c, -1), "negative"),
         (lambda c: _spoil(c, 1, shape=(2,)), "running_var is float32"),
@@ -225,9 +225,10 @@ def test_statistics_that_make_no_sense_are_left_out(change, why):
 
 
 def _spoil(content, value, shape=None):
-    name = next(name for name in content["global"] if name.endswith("running_var"))
-    old = content["global"][name].numpy()
-    content["global"][name] = Array(np.full(shape or old.shape, value, np.float32))
+    told = content["lenet:batch"]
+    name = next(name for name in told if name.endswith("running_var"))
+    old = told[name].numpy()
+    told[name] = Array(np.full(shape or old.shape, value, np.float32))
 
 
 def test_where_nobody_can_tell_statistics_it_is_said():
@@ -356,11 +357,6 @@ def test_a_network_without_normalisation_is_fedavg_under_fedbn():
 def test_fedbn_keeps_statistics_with_their_layers():
     with pytest.raises(UsageError, match="buffers must be one of local"):
         InProcessFederation(**{**SMALL, "strategy": "fedbn", "buffers": "average"})
-
-
-def test_feddf_runs_the_clients_networks_and_needs_their_statistics():
-    with pytest.raises(UsageError, match="buffers must be one of average"):
-        InProcessFederation(strategy="feddf", exchange="weights", buffers="static")
 
 
 def test_a_client_refuses_a_network_of_which_more_than_that_is_missing():

@@ -136,6 +136,22 @@ def test_tokens_are_refused():
         corrupted(ClientData(tokens, tokens, tokens), "noise:1", 1, 0)
 
 
+def test_time_budgets_that_nothing_asks_for_are_refused():
+    for settings in (
+        {"strategy": "fedavg"},
+        {"strategy": "fedprox"},
+        {"strategy": "heterofl", "model": "lenet", "widths": "1,0.5"},
+    ):
+        with pytest.raises(UsageError, match="Nothing in this run asks for --time-budgets"):
+            make_plan({**settings, "time_budgets": "5,0"}, local=True)
+    for settings in (
+        {"strategy": "fedprox", "work": "budget"},
+        {"strategy": "heterofl", "model": "lenet", "widths": "1, auto"},
+        {"strategy": "depthfl", "model": "lenet", "depths": "auto"},
+    ):
+        assert make_plan({**settings, "time_budgets": "5,0"}, local=True).local.time_budgets
+
+
 def test_time_budgets_are_numbers_of_seconds():
     for text in ("x", "3,-1", "nan", "inf"):
         with pytest.raises(UsageError, match="number of seconds"):

@@ -285,8 +285,6 @@ def test_a_depth_that_makes_no_sense_is_refused():
     for text in ("0", "two", "-1", "1;2"):
         with pytest.raises(UsageError, match="A depth is a number of stages"):
             InProcessFederation(**{**SMALL, "depths": text})
-    with pytest.raises(UsageError, match="buffers=static"):
-        InProcessFederation(**{**SMALL, "buffers": "static"})
     typed = typer.Typer()
     client_command.register(typed)
     done = CliRunner().invoke(typed, ["--data-shard", "0", "--depth", "deep"])

@@ -22,7 +22,7 @@ from test_strategies import (
 
 from clients.fd import LabelMeans, Lesson
 from fedkit.engine.driver import Driver
-from fedkit.engine.strategy import Sizes
+from fedkit.engine.strategy import NetworkSize, Sizes
 from fedkit.engine.strategy_state import load_state, save_state
 from fedkit.knowledge import by_class
 from fedkit.knowledge.by_class import ByClass
@@ -285,7 +285,7 @@ def test_the_loss_that_steers_the_learning_rate_is_that_of_the_labels():
 
 def test_measured_bytes_are_those_that_the_strategy_tells():
     run, _ = ran(**FD, clients=2, rounds=3)
-    sizes = Sizes(own_model=1, global_model=1, outputs=10, public=1, codec="float32")
+    sizes = Sizes(own=NetworkSize(1), common=NetworkSize(1), outputs=10, public=1, codec="float32")
     up, down = run.strategy.traffic(run.plan.hyper, sizes)
     assert (up, down) == (440, 402)
     for client in run.summary["clients"]:

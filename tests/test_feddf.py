@@ -33,7 +33,7 @@ from test_strategies import (
 
 from fedkit.engine.plan import make_plan
 from fedkit.engine.roster import Member
-from fedkit.engine.strategy import Sizes
+from fedkit.engine.strategy import NetworkSize, Sizes
 from fedkit.errors import FedkitError, UsageError
 from fedkit.knowledge.consensus import Upload
 from fedkit.knowledge.softening import softened
@@ -762,7 +762,9 @@ def test_a_constant_on_one_clients_scores_changes_nothing(told, data):
 def test_measured_bytes_are_those_that_the_strategy_tells(settings, models):
     run, _ = ran(**settings | {"steps": 0}, clients=2, rounds=2, models=models)
     size = sum(array.nbytes for array in initial(run, models).values())
-    up, down = run.strategy.traffic(run.plan.hyper, Sizes(size, 1, 10, 1300, "float32"))
+    up, down = run.strategy.traffic(
+        run.plan.hyper, Sizes(NetworkSize(size), NetworkSize(1), 10, 1300, "float32")
+    )
     assert (run.summary["bytes_up"], run.summary["bytes_down"]) == (2 * 2 * up, 2 * 2 * down)
     logits = 4 * 60 * 10
     assert (up, down) == (

@@ -24,7 +24,7 @@ from test_strategies import (
 )
 
 from fedkit.engine.plan import make_plan
-from fedkit.engine.strategy import Sizes
+from fedkit.engine.strategy import NetworkSize, Sizes
 from fedkit.models.build import build_model
 from fedkit.models.losses import kl_divergence, soften
 from fedkit.models.measure import predict
@@ -565,7 +565,9 @@ def test_measured_bytes_are_those_that_the_strategy_tells(settings):
     run, _ = ran(**settings, clients=2, rounds=2, models="cnn,lenet", model="lenet")
     weights = numpy_of(run.strategy.facts.initial_weights("lenet"))
     size = sum(array.nbytes for array in weights.values())
-    up, down = run.strategy.traffic(run.plan.hyper, Sizes(1, size, 10, 1300, "float32"))
+    up, down = run.strategy.traffic(
+        run.plan.hyper, Sizes(NetworkSize(1), NetworkSize(size), 10, 1300, "float32")
+    )
     assert (run.summary["bytes_up"], run.summary["bytes_down"]) == (2 * 2 * up, 2 * 2 * down)
     logits = 4 * 60 * 10
     assert (up, down) == (

@@ -20,7 +20,7 @@ from test_strategies import (
 from torch import nn
 
 from clients.fedproto import features, pooling
-from fedkit.engine.strategy import Sizes
+from fedkit.engine.strategy import NetworkSize, Sizes
 from fedkit.engine.strategy_state import load_state, save_state
 from fedkit.errors import UsageError
 from fedkit.knowledge import by_class
@@ -187,7 +187,7 @@ def test_the_regulariser_brings_the_clients_prototypes_together():
 
 def test_measured_bytes_are_those_that_the_strategy_tells():
     run, _ = ran(**FEDPROTO, prototype_dim=50, clients=2, rounds=3)
-    sizes = Sizes(own_model=1, global_model=1, outputs=10, public=1, codec="float32")
+    sizes = Sizes(own=NetworkSize(1), common=NetworkSize(1), outputs=10, public=1, codec="float32")
     up, down = run.strategy.traffic(run.plan.hyper, sizes)
     assert (up, down) == (2040, 2002)
     for client in run.summary["clients"]:

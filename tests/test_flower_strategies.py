@@ -162,6 +162,24 @@ def test_krum_takes_the_model_that_is_nearest_to_the_others():
     assert_close(numpy_of(run.result.arrays), run.wire.of(1)[best])
 
 
+@pytest.mark.parametrize(
+    ("name", "more"), [("flwr:FedMedian", {}), ("flwr:FedTrimmedAvg", {"beta": 0.25})]
+)
+def test_a_minority_of_ruinous_uploads_is_withstood_where_a_mean_is_not(name, more):
+    def ruin(round, client, content):
+        if client == 1:
+            for tensor, array in list(content["arrays"].items()):
+                content["arrays"][tensor] = Array(np.full(array.shape, 3e38, dtype=np.float32))
+
+    largest = {}
+    for strategy, settings in ((name, more), ("fedavg", {})):
+        run = ran(strategy, ruin, **settings)
+        assert not run.warnings(), "finite numbers of the right shapes are taken"
+        largest[strategy] = max(np.abs(a).max() for a in numpy_of(run.result.arrays).values())
+    assert largest[name] < 10
+    assert 1e37 < largest["fedavg"] < np.inf
+
+
 def test_adam_steps_as_in_the_paper():
     """Reddi et al. 2021, algorithm 2, with Flower's bias correction; two rounds, in float64."""
     eta, one, two, tau = 0.1, 0.9, 0.99, 0.001

@@ -16,7 +16,7 @@ from fedkit.engine.dryrun import dry_run
 from fedkit.engine.plan import make_plan
 from fedkit.engine.strategy_state import load_state, save_state
 from fedkit.errors import UsageError
-from fedkit.knowledge.held import pack_classes, unpack_classes
+from fedkit.knowledge.held import open_mesh, pack_classes, unpack_classes
 from fedkit.models.build import build_model
 from fedkit.models.files import load_model, network
 from fedkit.models.levels import levels_of, read_levels
@@ -86,13 +86,17 @@ ALIKE = {
 }
 
 
-@pytest.mark.parametrize("codec", ["float32", "float16", "topk:0.2"])
-def test_where_all_are_wide_it_is_fedavg_to_the_bit(codec):
-    settings = {**SMALL, **ALIKE, "update_codec": codec}
+@pytest.mark.parametrize(
+    "more",
+    [{}, {"update_codec": "float16"}, {"update_codec": "topk:0.2"}, {"outer": "momentum:0.5"}],
+    ids=str,
+)
+def test_where_all_are_wide_it_is_fedavg_to_the_bit(more):
+    settings = {**SMALL, **ALIKE, **more}
     settings.pop("levels")
     avg = InProcessFederation(**{**settings, "strategy": "fedavg"})
     summary = avg.run()
-    run = run_of(WIDE, **ALIKE, update_codec=codec)
+    run = run_of(WIDE, **ALIKE, **more)
     assert run.summary["digest"] == summary["digest"]
     assert all(a.data == avg.result.arrays[n].data for n, a in run.result.arrays.items())
     assert not run.warnings()
@@ -101,11 +105,6 @@ def test_where_all_are_wide_it_is_fedavg_to_the_bit(codec):
 @pytest.mark.parametrize("buffers", ["average", "static"])
 def test_with_normalisation_too_where_statistics_are_treated_alike(buffers):
     settings = {**SMALL, **ALIKE, "model": "lenet:batch", "buffers": buffers}
-    avg = (
-        InProcessFederation(**{**settings, "strategy": "fedavg"} | {"levels": ""})
-        if False
-        else None
-    )
     settings.pop("levels")
     avg = InProcessFederation(**{**settings, "strategy": "fedavg"})
     avg.run()
@@ -114,6 +113,33 @@ def test_with_normalisation_too_where_statistics_are_treated_alike(buffers):
     _, wanted = avg.strategy.server_models(avg.result.arrays)["global"]
     assert spec == "lenet:batch" and list(model) == list(wanted)
     assert all(array.data == wanted[name].data for name, array in model.items())
+
+
+def test_an_element_that_nobody_holds_in_a_round_moves_by_its_momentum_alone():
+    """u <- beta u, and theta <- theta - u, for what the client that is away held alone."""
+    after = {}
+
+    def away(instruction, reply):
+        meta = instruction.metadata
+        lost = (meta.message_type, meta.group_id, meta.dst_node_id) == ("train", "2", 2)
+        return None if lost else reply
+
+    def keep(round, arrays):
+        after[round] = {name: array.numpy() for name, array in arrays.items()}
+
+    settings = {**SMALL, "widths": "1,0.5,0.5", "levels": "1,0.5", "rounds": 2, "min_clients": 2}
+    run = InProcessFederation(away, **settings, masked=False, outer="momentum:0.5")
+    run.round_over = keep
+    run.run()
+    indices = run.strategy.sliced.indices(0.5)
+    for name, values in after[2].items():
+        alone = np.ones(values.shape, dtype=bool)
+        alone[open_mesh(indices[name], values.shape)] = False
+        if name in run.strategy.parameters and alone.any():
+            first = after[1][name].astype(np.float64) - after[0][name]
+            wanted = after[1][name] + 0.5 * first
+            np.testing.assert_allclose(values[alone], wanted[alone], rtol=1e-5, atol=1e-7)
+            assert np.abs(first[alone]).max() > 0
 
 
 def test_all_narrow_is_fedavg_on_the_narrow_network():
@@ -436,11 +462,6 @@ def test_a_model_that_is_narrow_already_is_whole_here():
 
 def test_levels_are_taken_the_widest_first():
     assert read_levels("0.25, 1,0.5") == (1.0, 0.5, 0.25)
-
-
-def test_statistics_of_ones_own_need_one_width():
-    with pytest.raises(UsageError, match="assignment=fix"):
-        InProcessFederation(**{**SMALL, "assignment": "dynamic", "buffers": "local"})
 
 
 def test_an_optimisers_moments_need_one_width():

@@ -13,7 +13,7 @@ from processes import until
 
 from fedkit import flower
 from fedkit.flower import decode_message, encode_message, error_reply, take_identity
-from fedkit.link import grid as link_grid
+from fedkit.link import contents as link_contents
 from fedkit.link.client import Answer
 from fedkit.link.frames import Parcel
 from fedkit.link.grid import LinkGrid
@@ -119,7 +119,7 @@ def encodings(monkeypatch) -> list[RecordDict]:
         encoded.append(content)
         return flower.encode_content(content)
 
-    monkeypatch.setattr(link_grid, "encode_content", watched)
+    monkeypatch.setattr(link_contents, "encode_content", watched)
     return encoded
 
 
@@ -137,7 +137,7 @@ def test_a_broadcast_is_encoded_and_summed_once(grid, link, encodings):
 
 def test_a_content_that_comes_between_others_is_still_encoded_once(grid, encodings):
     """Clients that know different codecs get one of a few contents each."""
-    contents = [RecordDict({"arrays": model(float(n))}) for n in range(link_grid.CONTENTS_KEPT)]
+    contents = [RecordDict({"arrays": model(float(n))}) for n in range(link_contents.CONTENTS_KEPT)]
     for node_id in range(2, 42):
         grid.push_messages([message(contents[node_id % len(contents)], node_id)])
     assert len(encodings) == len(contents)
@@ -146,9 +146,9 @@ def test_a_content_that_comes_between_others_is_still_encoded_once(grid, encodin
 def test_what_was_sent_is_not_kept_for_ever(grid, encodings):
     for number in range(50):
         grid.push_messages(ask(RecordDict({"arrays": model(float(number))}), 2))
-    assert len(grid._encoded) <= link_grid.CONTENTS_KEPT
+    assert len(grid._contents) <= link_contents.CONTENTS_KEPT
     grid.begin_round()
-    assert not grid._encoded
+    assert not grid._contents
 
 
 def edit_config(content: RecordDict, value: float) -> None:

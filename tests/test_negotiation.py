@@ -6,7 +6,7 @@ import test_strategies
 from test_strategies import federation, ran
 
 from fedkit.engine.plan import make_plan
-from fedkit.engine.strategy import Sizes
+from fedkit.engine.strategy import NetworkSize, Sizes
 from fedkit.errors import UsageError
 from fedkit.knowledge.codecs import payload_bytes
 
@@ -215,7 +215,7 @@ def test_measured_bytes_are_those_that_the_strategy_tells(settings, codec):
     settings = settings | {"space": "prob", "codec": codec}
     run, wire = ran(**settings, clients=2, rounds=1, models="lenet,cnn")
     up, down = run.strategy.traffic(
-        run.plan.hyper, Sizes(0, 0, 10, len(run.view.data.public), codec)
+        run.plan.hyper, Sizes(NetworkSize(0), NetworkSize(0), 10, len(run.view.data.public), codec)
     )
     size = payload_bytes(codec, 60, 10)
     assert (up, down) == (size, size + INDICES)

@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torchvision.models import VisionTransformer
 
 from fedkit.errors import UsageError
 from fedkit.knowledge.held import open_mesh, positions
 from fedkit.models.build import build_model
 from fedkit.models.slicing import Slicing
+from fedkit.models.vit import SliceableVisionTransformer
 
 IMAGES, TOKENS, CLASSES = (3, 8, 8), (6,), 7
 LEVELS = (1.0, 0.5, 0.25, 0.125, 0.0625)
@@ -30,6 +32,7 @@ BY_NAME = (
 )
 LARGE = (
     "alexnet",
+    "vit",
     "resnet18",
     "resnet50",
     "mobilenet_v2",
@@ -280,6 +283,14 @@ def test_attention_is_scaled_too():
     assert model(tokens).shape == (2, CLASSES)
 
 
+def test_torchs_own_attention_is_scaled_by_what_it_gives(own_code):
+    model, inputs = Attending().train(), torch.randn(2, 5, 32)
+    plain, weights = model.attention(inputs, inputs, inputs)
+    with slicing_of(own_code(Attending)).scaled(model, 0.5):
+        scaled, same = model.attention(inputs, inputs, inputs)
+    assert torch.equal(scaled, plain / 0.5) and torch.equal(same, weights)
+
+
 class Grouped(nn.Module):
     """Convolutions in groups, transposed, a concatenation with the input, and a gate."""
 
@@ -328,6 +339,18 @@ class Attending(nn.Module):
         states = self.norm(self.patches(images).flatten(2).transpose(1, 2))
         seen, _ = self.attention(states, states, states, need_weights=False)
         return self.last((states + seen)[:, 0])
+
+
+class Counting(nn.Module):
+    """Writes its width into a view, as torchvision's own vision transformer does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 1)
+        self.last = nn.Linear(8, CLASSES)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.last(self.first(images).reshape(len(images), 8, 64).mean(dim=2))
 
 
 class Scattered(nn.Module):
@@ -379,6 +402,10 @@ def attending(shape, classes):
     return Attending()
 
 
+def counting(shape, classes):
+    return Counting()
+
+
 def scattered(shape, classes):
     return Scattered()
 
@@ -423,9 +450,22 @@ def test_what_cannot_be_followed_is_refused_by_name(kind, sentence, own_code):
         slicing_of(own_code(kind)).indices(0.5)
 
 
-def test_a_network_that_counts_on_its_own_width_is_refused():
-    with pytest.raises(UsageError, match=r"the network itself \(VisionTransformer\) fails"):
-        slicing_of("vit").indices(0.5)
+def test_a_network_that_counts_on_its_own_width_is_refused(own_code):
+    with pytest.raises(UsageError, match=r"the network itself \(Counting\) fails"):
+        slicing_of(own_code(Counting)).indices(0.5)
+
+
+def test_the_sliceable_vision_transformer_is_torchvisions_to_the_bit():
+    sizes = {"image_size": 8, "patch_size": 2, "num_layers": 2, "num_heads": 3}
+    sizes |= {"hidden_dim": 24, "mlp_dim": 96, "num_classes": CLASSES}
+    models = []
+    for kind in (VisionTransformer, SliceableVisionTransformer):
+        torch.manual_seed(1)
+        models.append(kind(**sizes))
+    images = batch("vit").float()
+    plain, ours = (model.eval()(images) for model in models)
+    assert torch.equal(plain, ours)
+    assert list(models[0].state_dict()) == list(models[1].state_dict())
 
 
 def test_heads_stay_and_are_sliced_inside(own_code):

@@ -7,7 +7,7 @@ from flwr.app import Array, MetricRecord
 from inprocess import InProcessFederation
 
 from fedkit.engine.plan import make_plan
-from fedkit.engine.strategy import Sizes
+from fedkit.engine.strategy import NetworkSize, Sizes
 from fedkit.errors import UsageError
 from fedkit.knowledge.consensus import Mean, Upload
 from fedkit.models.build import build_model
@@ -273,8 +273,17 @@ def test_fedavg_refuses_bad_weights_by_name_and_goes_on(make, reason):
         lambda content: content.pop("metrics"),
         lambda content: content.update({"metrics": MetricRecord({"num-examples": -5})}),
         lambda content: content.update({"metrics": MetricRecord({"num-examples": float("nan")})}),
+        lambda content: content["metrics"].update({"num-examples": 2**62}),
     ],
-    ids=["no arrays", "one missing", "one more", "no metrics", "negative", "nan examples"],
+    ids=[
+        "no arrays",
+        "one missing",
+        "one more",
+        "no metrics",
+        "negative",
+        "nan",
+        "too many",
+    ],
 )
 def test_fedavg_refuses_a_reply_that_is_no_model(spoil):
     def change(kind, round, client, reply):
@@ -715,7 +724,8 @@ def test_measured_bytes_are_those_that_the_strategy_tells(settings, models):
     model = build_model(models, data.shape, data.outputs, run.plan.federation.seed)
     size = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
     up, down = run.strategy.traffic(
-        run.plan.hyper, Sizes(size, size, data.outputs, len(data.public), "float32")
+        run.plan.hyper,
+        Sizes(NetworkSize(size), NetworkSize(size), data.outputs, len(data.public), "float32"),
     )
     assert run.summary["bytes_up"] == 2 * 2 * up
     assert run.summary["bytes_down"] == 2 * 2 * down
@@ -730,7 +740,9 @@ def test_measured_bytes_are_those_that_the_strategy_tells(settings, models):
 @pytest.mark.parametrize("settings", [FEDMD, KTPFL], ids=lambda s: s["strategy"])
 def test_half_precision_halves_the_logits(settings):
     run, _ = ran(**settings, clients=2, rounds=1, codec="float16")
-    up, down = run.strategy.traffic(run.plan.hyper, Sizes(0, 0, 10, 60, "float16"))
+    up, down = run.strategy.traffic(
+        run.plan.hyper, Sizes(NetworkSize(0), NetworkSize(0), 10, 60, "float16")
+    )
     assert (up, down) == (2 * 60 * 10, 2 * 60 * 10 + 4 * 60)
     assert (run.summary["bytes_up"], run.summary["bytes_down"]) == (2 * up, 2 * down)
     assert not run.warnings()

@@ -116,6 +116,27 @@ def test_what_a_client_tells_is_its_loss_over_the_entropy_of_its_labels():
         assert told[client]["unexplained"] == pytest.approx(wanted)
 
 
+def test_depth_costs_nobody_weight():
+    """Exits that know nothing leave everything unexplained, however many of them a client has."""
+    told = {}
+
+    def look(instruction, reply):
+        if instruction.metadata.message_type == "train":
+            told[instruction.metadata.dst_node_id - 2] = reply.content["metrics"]
+        return reply
+
+    deep = {"strategy": "depthfl", "model": "lenet", "depths": "1,4,2,4,3", "partition": "iid"}
+    run = ran(look, **deep, robust=True, rounds=1, exit_weights="1,0.5", learning_rate=1e-6)
+    for client, depth in enumerate((1, 4, 2, 4, 3)):
+        labels = edge_of(run.context(client)).private.train.labels.numpy()
+        shares = np.bincount(labels) / len(labels)
+        entropy = -sum(p * math.log(p) for p in shares if p)
+        per_exit = told[client]["train_loss"] / (1 + 0.5 * (depth - 1))
+        assert told[client]["unexplained"] == pytest.approx(per_exit / entropy)
+        assert told[client]["unexplained"] == pytest.approx(1, abs=0.1)
+    assert told[1]["train_loss"] > 2 * told[0]["train_loss"]
+
+
 def test_who_did_no_epoch_tells_nothing():
     """Else what it leaves unexplained would be nothing, and everybody else's noise."""
     told = {}

@@ -19,7 +19,7 @@ from fedkit.cli import export as export_command
 from fedkit.data.splits import cut
 from fedkit.engine.local_clients import local_clients
 from fedkit.engine.plan import make_plan
-from fedkit.engine.saved import models_of
+from fedkit.engine.saved import Found, at_width, models_of
 from fedkit.errors import FedkitError, UsageError
 from fedkit.models.budget import read_width
 from fedkit.models.build import build_model
@@ -243,6 +243,21 @@ def test_export_takes_the_runs_own_level_and_else_cuts(tmp_path, data, suffix):
         assert all((found.arrays[n] == own.arrays[n]).all() for n in own.arrays)
         part = load_model(tmp_path / "0.25.safetensors")
         np.testing.assert_array_equal(part.arrays["0.weight"], wide.arrays["0.weight"][:8])
+
+
+def test_a_level_of_a_level_is_the_runs_own_too():
+    found = [Found(label, lambda: None) for label in ("global", "global-0.5", "global-0.25", "x-1")]
+    wanted = {
+        (None, 0.25): "global-0.25",
+        ("global", 0.5): "global-0.5",
+        ("global-0.5", 0.25): "global-0.25",
+        ("global-0.5", 0.125): "global-0.5",  # to be cut from it
+        ("global-0.25", 0.5): "global-0.25",  # which is refused
+        ("x-1", 0.5): "x-1",
+        ("global-0.5.5", 0.25): "global-0.5.5",
+    }
+    for (label, width), one in wanted.items():
+        assert at_width(found, label, width) == one
 
 
 def test_a_width_that_cannot_be_built_is_a_sentence(data):

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fedkit.cli import terminal
+from fedkit.cli import flower_app, terminal
 from fedkit.cli.options import LOCAL_SERVER, Server, checked_address, with_settings
 from fedkit.errors import UsageError
 from fedkit.models.budget import read_bytes, read_depth, read_seconds, read_width
@@ -30,6 +30,7 @@ Examples:
   fedkit client --model lenet --data-shard 2 --state-dir /var/lib/fedkit --stay
   fedkit client --model lenet --data-shard 1 --server 10.0.0.5:8090 --root-certificates ca.pem \\
       --ssl-certfile drone-1.pem --ssl-keyfile drone-1.key --token-file drone-1.token
+  fedkit client --app ~/quickstart-pytorch --node-config "partition-id=0 num-partitions=2"
 """
 
 
@@ -169,6 +170,8 @@ def client(
             "--reset-state", help="First move what the state directory keeps aside, and begin anew."
         ),
     ] = False,
+    app: flower_app.App = None,
+    node_config: flower_app.NodeConfig = None,
     *,
     settings: dict[str, Any],
 ) -> None:
@@ -178,9 +181,43 @@ def client(
     from fedkit.devices.profiles import profile
     from fedkit.engine.client import Client, ClientPlan
     from fedkit.registry import allow, check
-    from fedkit.settings import build
+    from fedkit.settings import as_config, build
 
     terminal.end_with_parent()
+    if max_wait_time is not None and not math.isfinite(max_wait_time):
+        raise UsageError(f"--max-wait-time takes a number of seconds, not {max_wait_time}.")
+    security = build(ClientSecurity, settings)
+    check_client(checked_address(server), security)
+    connection: dict[str, Any] = {
+        "server": server,
+        "state_dir": state_dir,
+        "max_wait": max_wait_time,
+        "stay": stay,
+        "reset_state": reset_state,
+        "security": security,
+        "token": resolve_token(security),
+    }
+    if app is not None:
+        own = {
+            "model": model,
+            "data-shard": data_shard,
+            "dataset": dataset,
+            "partition": partition,
+            "num-shards": num_shards,
+            "device": device if device != "auto" else None,
+            "tag": tag,
+            "emulate": emulate,
+            "memory-budget": memory_budget,
+            "width": width,
+            "depth": depth,
+            "time-budget": time_budget,
+            "corrupt": corrupt,
+            **{name: settings.get(name) for name in as_config(DataSettings())},
+        }
+        flower_app.refuse_with_app(name for name, value in own.items() if value is not None)
+        flower_app.client(app, node_config, connection)
+        return
+    flower_app.refuse_without_app(node_config=node_config)
     broken = "" if corrupt is None or corrupt == NONE else corrupt
     read_noise(broken)
     sources = build(DataSettings, settings)
@@ -191,12 +228,7 @@ def client(
         check_dataset(dataset)
     if partition is not None:
         check("partitions", partition)
-    if max_wait_time is not None and not math.isfinite(max_wait_time):
-        raise UsageError(f"--max-wait-time takes a number of seconds, not {max_wait_time}.")
-    security = build(ClientSecurity, settings)
-    check_client(checked_address(server), security)
     plan = ClientPlan(
-        server=server,
         shard=_shard(data_shard, dataset),
         own_dataset=dataset if data_shard is None else None,
         memory_budget=read_bytes(memory_budget) if memory_budget is not None else 0,
@@ -208,18 +240,13 @@ def client(
         device=device,
         tags=_tags(tag or []),
         emulate=profile(emulate) if emulate is not None else None,
-        state_dir=state_dir,
         expected={
             "dataset": dataset if data_shard is not None else None,
             "partition": partition,
             "num-shards": num_shards,
         },
         data=sources,
-        security=security,
-        token=resolve_token(security),
-        max_wait=max_wait_time,
-        stay=stay,
-        reset_state=reset_state,
+        **connection,
     )
     one = Client(plan)
     try:

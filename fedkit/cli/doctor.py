@@ -17,6 +17,7 @@ from fedkit.cli.options import (
     wants_json,
     with_settings,
 )
+from fedkit.errors import plain
 from fedkit.link.reach import (
     FAIL,
     OK,
@@ -203,6 +204,8 @@ def _version(welcome: dict[str, Any]) -> Finding:
 
 def _federation(welcome: dict[str, Any]) -> str:
     config = welcome.get("run_config")
+    if isinstance(welcome.get("app"), str):
+        return f": the Flower App {plain(welcome['app'])}"
     if not isinstance(config, dict):
         return ""
     return f": {config.get('strategy')} on {config.get('dataset')}, {config.get('rounds')} rounds"

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fedkit.cli import logs
+from fedkit.cli import flower_app, logs
 from fedkit.cli.options import (
     ConfigFile,
     Format,
@@ -32,6 +32,7 @@ Examples:
   fedkit run --strategy depthfl --model cnn --depths 1,2,3
   fedkit run --strategy fedprox --model cnn -o work=stragglers:0.9 --corrupt none,none,none,noise:1.0
   fedkit run --config runs/2026-11-21T17-45-03-ktpfl/config.toml
+  fedkit run --app ~/quickstart-pytorch --clients 4 --run-config "num-server-rounds=5"
 """
 # What differs from `fedkit server`, as the help shows it.
 DEFAULTS = {
@@ -61,6 +62,8 @@ def run(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print who would get what, and start nothing.")
     ] = False,
+    app: flower_app.App = None,
+    run_config: flower_app.RunConfig = None,
     format: Format = "text",
     *,
     settings: dict[str, Any],
@@ -71,7 +74,14 @@ def run(
     from fedkit.report import print_result
 
     as_json = wants_json(format)
-    plan = make_plan(layered(config, option, settings), local=True)
+    values = layered(config, option, settings)
+    folder = flower_app.app_in(app, values)
+    if folder is not None:
+        flower_app.refuse_with_app(["dry-run"] if dry_run else [])
+        flower_app.run(folder, run_config, values, as_json=as_json)
+        return
+    flower_app.refuse_without_app(run_config=run_config)
+    plan = make_plan(values, local=True)
     if dry_run:
         from fedkit.engine.dryrun import dry_run as plan_only
         from fedkit.engine.dryrun import print_plan

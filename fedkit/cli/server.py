@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fedkit.cli import logs, terminal
+from fedkit.cli import flower_app, logs, terminal
 from fedkit.cli.options import (
     ConfigFile,
     Format,
@@ -33,6 +33,7 @@ Examples:
   fedkit server --config runs/2026-11-21T17-45-03-ktpfl/config.toml --run-dir again
   fedkit server --resume runs/2026-11-21T17-45-03-ktpfl
   fedkit server --strategy ktpfl --run-dir /var/lib/fedkit/run --resume auto
+  fedkit server --app ~/quickstart-pytorch --run-config "num-server-rounds=5 learning-rate=0.05"
 """
 
 
@@ -53,6 +54,8 @@ def server(
             "and is not over, else begin one there (for service managers).",
         ),
     ] = None,
+    app: flower_app.App = None,
+    run_config: flower_app.RunConfig = None,
     format: Format = "text",
     *,
     settings: dict[str, Any],
@@ -66,6 +69,12 @@ def server(
     as_json = wants_json(format)
     terminal.end_with_parent()
     typed = layered(config, option, settings, not_in_file=RunSettings)
+    folder = flower_app.app_in(app, typed)
+    if folder is not None:
+        flower_app.refuse_with_app(["resume"] if resume else [])
+        flower_app.server(folder, run_config, typed, as_json=as_json)
+        return
+    flower_app.refuse_without_app(run_config=run_config)
     resumed = _run_to_resume(resume, typed)
     plan = make_plan(typed) if resumed is None else resumed_plan(resumed, typed)
     if resumed is not None and is_over(plan):

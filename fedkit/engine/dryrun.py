@@ -6,13 +6,15 @@ from typing import Any
 
 import torch
 from rich.table import Table
+from torch import nn
 
 from fedkit.data.splits import cut
 from fedkit.engine.local_clients import local_clients
 from fedkit.engine.plan import Plan, check_shards
-from fedkit.engine.strategy import Sizes
+from fedkit.engine.strategy import NetworkSize, Sizes
 from fedkit.models.build import build_model, parameter_count, state_bytes
 from fedkit.models.narrow import at_width
+from fedkit.models.normalisation import normalisation_of, statistics_of
 from fedkit.report import size, wide_console
 
 
@@ -27,8 +29,8 @@ def dry_run(plan: Plan) -> dict[str, Any]:
     data = cut(settings, plan.data)
     widest = plan.strategy.width(plan.hyper, settings, 0, 1.0) or 1.0
     spec = at_width(plan.strategy.network(settings.model), widest)
-    global_model = build_model(spec, data.shape, data.outputs, settings.seed)
-    rows, global_bytes = [], state_bytes(global_model)
+    common = network_size(build_model(spec, data.shape, data.outputs, settings.seed))
+    rows = []
     for one in local_clients(plan):
         client = one.number
         # How wide or deep auto is, only the device can tell.
@@ -36,10 +38,8 @@ def dry_run(plan: Plan) -> dict[str, Any]:
         share = float(one.width.replace("auto", "1")) if one.width else None
         name = at_width(name, plan.strategy.width(plan.hyper, settings, client, share) or 1.0)
         model = build_model(name, data.shape, data.outputs, settings.seed, client)
-        model_bytes = state_bytes(model)
-        codec = settings.codec.split(",")[0].strip()
-        shapes = tuple(tuple(p.shape) for p in model.parameters() if p.dtype == torch.float32)
-        sizes = Sizes(model_bytes, global_bytes, data.outputs, len(data.public), codec, shapes)
+        own, codec = network_size(model), settings.codec.split(",")[0].strip()
+        sizes = Sizes(own, common, data.outputs, len(data.public), codec)
         up, down = plan.strategy.traffic(plan.hyper, sizes)
         shard = data.shard(client)
         rows.append(
@@ -51,7 +51,7 @@ def dry_run(plan: Plan) -> dict[str, Any]:
                 "parameters": parameter_count(model),
                 "bytes_up": up,
                 "bytes_down": down,
-                "memory": model_bytes * (5 if settings.alone else 4),
+                "memory": own.bytes * (5 if settings.alone else 4),
             }
         )
     return {
@@ -65,6 +65,18 @@ def dry_run(plan: Plan) -> dict[str, Any]:
         "bytes_up": sum(row["bytes_up"] for row in rows),
         "bytes_down": sum(row["bytes_down"] for row in rows),
     }
+
+
+def network_size(model: nn.Module) -> NetworkSize:
+    """What a network weighs, and which part of it may not travel."""
+    state, layers = model.state_dict(), normalisation_of(model)
+    shapes = {n: tuple(p.shape) for n, p in model.named_parameters() if p.dtype == torch.float32}
+    return NetworkSize(
+        bytes=state_bytes(model),
+        parameters=tuple(shape for name, shape in shapes.items() if name not in layers),
+        normalisation=tuple(shape for name, shape in shapes.items() if name in layers),
+        statistics=sum(state[name].nbytes for name in statistics_of(model)),
+    )
 
 
 def print_plan(planned: dict[str, Any]) -> None:

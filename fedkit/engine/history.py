@@ -47,7 +47,7 @@ class History:
         self._slowest: dict[tuple[int, str], float] = defaultdict(float)
         self._cpu: dict[int | None, float] = defaultdict(float)
         self._seconds: dict[str, dict[int, float]] = defaultdict(dict)
-        self._lines: dict[int, list[str]] = defaultdict(list)
+        self._lines: dict[tuple[int, str], list[bytes]] = defaultdict(list)
         # At which share of their channels clients train that do not train all.
         self._widths: dict[int, float] = {}
         self._seen, self._seen_elsewhere = seen or Ledger(), seen is not None
@@ -64,7 +64,7 @@ class History:
             self._forget(round)
         if event.event in IN_DIGEST:
             fields = [event.event, round, event.exchange, client, name, value, event.n]
-            self._lines[round].append(json.dumps(fields))
+            self._lines[round, event.event].append(json.dumps(fields).encode() + b"\n")
         if event.event == "metric":
             self._metrics[round][client][name] = math.nan if value is None else float(value)
         elif event.event == "bytes" and event.exchange not in APART:
@@ -105,18 +105,21 @@ class History:
             until: leave out what came after this round.
         """
         sha = hashlib.sha256()
-        told = [lines for at, lines in self._lines.items() if until is None or at <= until]
-        for line in sorted(line for lines in told for line in lines):
-            sha.update(line.encode() + b"\n")
+        # The lines of all rounds in the order of their text, in which round 10 comes before round 2.
+        for round, event in sorted(self._lines, key=lambda key: f'"{key[1]}", {key[0]},'):
+            if until is None or round <= until:
+                lines = self._lines[round, event]
+                lines.sort()  # those of former rounds are in order already
+                sha.update(b"".join(lines))
         return sha.hexdigest()
 
     def _forget(self, round: int) -> None:
         """That round, and what came after it, will be run again."""
-        by_rounds: list[dict[int, Any]] = [self._metrics, self._lines, *self._seconds.values()]
+        by_rounds: list[dict[int, Any]] = [self._metrics, *self._seconds.values()]
         for by_round in by_rounds:
             for at in [at for at in by_round if at >= round]:
                 del by_round[at]
-        by_pairs: list[dict[Any, Any]] = [self._slowest, *self._bytes.values()]
+        by_pairs: list[dict[Any, Any]] = [self._slowest, self._lines, *self._bytes.values()]
         for by_pair in by_pairs:
             for pair in [pair for pair in by_pair if pair[0] >= round]:
                 del by_pair[pair]

@@ -55,7 +55,13 @@ class Lobby:
         """
         config = hello.get("config")
         config = config if isinstance(config, dict) else {}
-        _compare_versions(hello.get("version"))
+        compare_versions(hello.get("version"))
+        if "app" in config:
+            raise Refusal(
+                grpc.StatusCode.INVALID_ARGUMENT,
+                f"This server runs {self._settings.strategy}, no Flower App: start the client without "
+                "--app.",
+            )
         self._compare(config)
         with self._lock:
             shard = self._assign(config.get("shard"), node_id)
@@ -137,7 +143,8 @@ class Lobby:
         return wanted
 
 
-def _compare_versions(theirs: Any) -> None:
+def compare_versions(theirs: Any) -> None:
+    """Raise ``Refusal`` for a client of another version of fedkit."""
     # Another version may train, draw or sum otherwise, and nobody would notice.
     if theirs is not None and theirs != __version__:
         raise Refusal(

@@ -3,14 +3,8 @@
 from __future__ import annotations
 
 import json
-import logging
-import os
-import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,17 +12,22 @@ from typing import Any
 import tomli_w
 
 from fedkit.durable import make_folder, write_whole
+from fedkit.engine.children import (
+    POLL_S,
+    Child,
+    living_children,
+    raise_if_failed,
+    start,
+    wait_for_address,
+    wait_for_the_end,
+)
 from fedkit.engine.events import Event
 from fedkit.engine.local_clients import LocalClient, local_clients
 from fedkit.engine.plan import Plan, check_shards, make_plan, named_here
-from fedkit.errors import FedkitError, UsageError, error_of
+from fedkit.errors import FedkitError, UsageError
 from fedkit.rundir import default_path, read_events
-from fedkit.settings import FederationSettings, as_config
+from fedkit.settings import as_config
 
-POLL_S = 0.05
-START_WAIT_S = 60.0
-END_WAIT_S = 15.0
-KILL_WAIT_S = 5.0
 Listener = Callable[[Event], None]
 
 
@@ -88,13 +87,6 @@ class Federation:
         return run_local(self.plan, list(listeners))
 
 
-@dataclass
-class _Child:
-    name: str
-    log: Path
-    process: subprocess.Popen[bytes]
-
-
 def run_local(plan: Plan, listeners: list[Listener]) -> Result:
     """Start a server and its clients, follow them, and leave no process behind."""
     assert plan.local is not None
@@ -104,9 +96,9 @@ def run_local(plan: Plan, listeners: list[Listener]) -> Result:
     check_shards(plan)
     clients = local_clients(plan)
     make_folder(directory / "logs")
-    with _children() as children:
+    with living_children() as children:
         children.append(_start_server(plan, directory))
-        address = _wait_for_address(directory, children)
+        address = wait_for_address(directory, children)
         # The server's own config.toml knows nothing of the clients; this one runs it all again.
         write_whole(directory / "config.toml", [tomli_w.dumps(runnable(plan)).encode()])
         for one in clients:
@@ -123,27 +115,12 @@ def runnable(plan: Plan) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value != ""}
 
 
-@contextmanager
-def _children() -> Iterator[list[_Child]]:
-    children: list[_Child] = []
-    try:
-        yield children
-    finally:
-        for child in children:
-            if child.process.poll() is None:
-                child.process.send_signal(signal.SIGTERM)
-        deadline = time.monotonic() + KILL_WAIT_S
-        for child in children:
-            try:
-                child.process.wait(max(0.0, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                child.process.kill()
-                child.process.wait()
-            if child.process.stdin is not None:
-                child.process.stdin.close()
+def _environment(plan: Plan) -> dict[str, str]:
+    # Several processes share the cores; the numbers hang on this too.
+    return {"OMP_NUM_THREADS": str(plan.federation.threads)}
 
 
-def _start_server(plan: Plan, directory: Path) -> _Child:
+def _start_server(plan: Plan, directory: Path) -> Child:
     config = directory / "logs" / "server.toml"
     values = {k: v for k, v in plan.values().items() if v != ""}
     local = as_config(plan.local)
@@ -154,10 +131,10 @@ def _start_server(plan: Plan, directory: Path) -> _Child:
         values["listen"] = "127.0.0.1:0"  # several runs side by side
     config.write_text(tomli_w.dumps(values))
     arguments = ["--quiet", "server", "--config", str(config), "--run-dir", str(directory)]
-    return _start("the server", directory / "logs" / "server.log", arguments, plan.federation)
+    return start("the server", directory / "logs" / "server.log", arguments, _environment(plan))
 
 
-def _start_client(plan: Plan, directory: Path, address: str, one: LocalClient) -> _Child:
+def _start_client(plan: Plan, directory: Path, address: str, one: LocalClient) -> Child:
     assert plan.local is not None
     arguments = [
         "client",
@@ -183,46 +160,10 @@ def _start_client(plan: Plan, directory: Path, address: str, one: LocalClient) -
     if plan.data.allow_checksum_mismatch:
         arguments += ["--allow-checksum-mismatch"]
     log = directory / "logs" / f"client-{one.number}.log"
-    return _start(f"client {one.number} ({one.model})", log, arguments, plan.federation)
+    return start(f"client {one.number} ({one.model})", log, arguments, _environment(plan))
 
 
-def _start(name: str, log: Path, arguments: list[str], settings: FederationSettings) -> _Child:
-    environment = {
-        **os.environ,
-        "FEDKIT_EXIT_WITH_PARENT": "1",
-        # Several processes share the cores; the numbers hang on this too.
-        "OMP_NUM_THREADS": str(settings.threads),
-    }
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            # -P: a folder of the user's own called `strategies` or `clients` must not come first.
-            [sys.executable, "-P", "-m", "fedkit", *_debugging(), *arguments],
-            stdin=subprocess.PIPE,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            # Ctrl-C goes to this process alone, which then ends the others in order.
-            start_new_session=True,
-        )
-    return _Child(name, log, process)
-
-
-def _debugging() -> list[str]:
-    return ["--debug"] if logging.getLogger("fedkit").level == logging.DEBUG else []
-
-
-def _wait_for_address(directory: Path, children: list[_Child]) -> str:
-    deadline = time.monotonic() + START_WAIT_S
-    file = directory / "address"
-    while not file.exists():
-        _raise_if_failed(children)
-        if time.monotonic() > deadline:
-            raise FedkitError(f"The server did not come up in {START_WAIT_S:.0f} seconds.")
-        time.sleep(POLL_S)
-    return file.read_text()
-
-
-def _follow(directory: Path, children: list[_Child], listeners: list[Listener]) -> None:
+def _follow(directory: Path, children: list[Child], listeners: list[Listener]) -> None:
     server = children[0].process
     with (directory / "metrics.jsonl").open(encoding="utf-8") as lines:
         rest = ""
@@ -231,16 +172,9 @@ def _follow(directory: Path, children: list[_Child], listeners: list[Listener]) 
             rest = _pass_on(rest + lines.read(), listeners)
             if ended:
                 break
-            _raise_if_failed(children)
+            raise_if_failed(children)
             time.sleep(POLL_S)
-    _raise_if_failed(children)
-    deadline = time.monotonic() + END_WAIT_S
-    for child in children[1:]:
-        try:
-            child.process.wait(max(0.1, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            continue  # it is ended with the others
-    _raise_if_failed(children)
+    wait_for_the_end(children)
 
 
 def _pass_on(text: str, listeners: list[Listener]) -> str:
@@ -251,32 +185,3 @@ def _pass_on(text: str, listeners: list[Listener]) -> str:
         for listener in listeners:
             listener(Event(**record))
     return rest
-
-
-def _raise_if_failed(children: list[_Child]) -> None:
-    failed = [child for child in children if child.process.poll() not in (None, 0)]
-    if not failed:
-        return
-    first = min(failed, key=lambda child: child.log.stat().st_mtime_ns)
-    if _first_error(first, 1).startswith("The server ended"):
-        # Clients fail with their server, sometimes before it is gone itself.
-        first = children[0]
-        try:
-            first.process.wait(KILL_WAIT_S)
-        except subprocess.TimeoutExpired:
-            first = failed[0]
-    status = first.process.returncode
-    raise error_of(
-        2 if status == 2 else 1,
-        f"{first.name[0].upper()}{first.name[1:]} failed: {_first_error(first, status)} "
-        f"(its output is in {first.log})",
-    )
-
-
-def _first_error(child: _Child, status: int) -> str:
-    for line in child.log.read_text(errors="replace").splitlines():
-        if line.startswith("Error: "):
-            return line.removeprefix("Error: ")
-    if status < 0:
-        return f"it was killed by {signal.Signals(-status).name}."
-    return f"it ended with exit code {status}."

@@ -45,7 +45,7 @@ class Membership:
             node_config: what this machine adds to what the server says of the node.
             emulate: the kind of device that it is to behave like.
         """
-        self.federation = _safe_name(welcome["federation"])
+        self.federation = safe_name(welcome["federation"])
         self._directory = directory
         self._welcome = welcome
         self._model = model
@@ -155,7 +155,7 @@ class Membership:
         self._context = context
 
 
-def explain(error: Exception) -> FedkitError:
+def explain(error: BaseException) -> FedkitError:
     """The sentence for whatever a client's own code raised."""
     if isinstance(error, FedkitError):
         return error
@@ -170,7 +170,8 @@ def explain(error: Exception) -> FedkitError:
     return fatal
 
 
-def _safe_name(name: object) -> str:
+def safe_name(name: object) -> str:
+    """A federation's id, if it is a plain word; else ``FedkitError``."""
     # It came over the network and becomes a folder's name.
     text = str(name)
     if not text.isalnum() or not text.isascii() or len(text) > 64:

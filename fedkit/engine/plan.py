@@ -134,6 +134,11 @@ def make_plan(values: Mapping[str, Value], *, local: bool = False) -> Plan:
         raise UsageError(
             f"depths go with the strategy depthfl, not with {federation.strategy}: leave --depths out."
         )
+    if run is not None and run.time_budgets and not _budgets_time(hyper, run):
+        raise UsageError(
+            "Nothing in this run asks for --time-budgets: set work=budget with the strategy fedprox, or "
+            "--widths or --depths with auto, or leave it out."
+        )
     return plan
 
 
@@ -143,6 +148,12 @@ def check_shards(plan: Plan) -> None:
     clients, shards = plan.local.clients, plan.federation.num_shards
     if shards < clients:
         raise UsageError(f"{clients} clients need as many shards, but num-shards is {shards}.")
+
+
+def _budgets_time(hyper: Any, run: RunSettings) -> bool:
+    """Whether clients do less, or take a smaller network, where their time is short."""
+    sizes = [text.strip() for text in f"{run.widths},{run.depths}".split(",")]
+    return getattr(hyper, "work", None) == "budget" or "auto" in sizes
 
 
 def named_here(plan: Plan) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -98,9 +99,13 @@ def at_width(found: Sequence[Found], label: str | None, width: float) -> str | N
     Else the label of the wider one that can be cut: ``label``, or the global model where there is one.
     """
     labels = [model.label for model in found]
-    whole = label or ("global" if "global" in labels else None)
-    kept = f"{whole}-{width:g}"
-    return kept if kept in labels else whole
+    wider = label or ("global" if "global" in labels else None)
+    kept = [f"{wider}-{width:g}"]
+    level = re.fullmatch(r"(.+)-(\d+(?:\.\d+)?(?:e-\d+)?)", wider or "")
+    if level and level[1] in labels and width < float(level[2]):
+        # A level of the run itself, of which the narrower ones are levels of the whole network.
+        kept.append(f"{level[1]}-{width:g}")
+    return next((one for one in kept if one in labels), wider)
 
 
 def data_of(path: Path) -> dict[str, Value]:
@@ -155,7 +160,10 @@ def _of_client(directory: Path, federation: str | None) -> list[Found]:
         if name.endswith(_MODEL)
     ]
     if not found:
-        raise FedkitError(f"{folder} holds no model yet: its client has not trained.")
+        raise FedkitError(
+            f"{folder} holds no model yet: its client has not trained, or it runs a Flower App, which "
+            "keeps models in a way of its own."
+        )
     return sorted(found, key=lambda model: (model.label != OWN, model.label))
 
 

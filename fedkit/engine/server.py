@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedkit import __version__
+from fedkit.engine.door import Door
 from fedkit.engine.events import APART_TYPES, Event, Listener
 from fedkit.engine.lobby import Lobby
 from fedkit.engine.metrics import Metrics, metrics_address
@@ -16,14 +15,7 @@ from fedkit.engine.nodes import Known, NodeFile, read_nodes
 from fedkit.engine.plan import Plan
 from fedkit.engine.running import Carried, Run
 from fedkit.errors import FedkitError
-from fedkit.link.doctor import doctor_handler
-from fedkit.link.frames import PROTOCOL
-from fedkit.link.server import LinkServer
-from fedkit.link.services import Services
 from fedkit.rundir import RunDirectory, default_path
-from fedkit.security.credentials import server_credentials
-from fedkit.security.guard import Guard
-from fedkit.security.tokens import TokenStore
 from fedkit.settings import as_config
 
 if TYPE_CHECKING:
@@ -62,7 +54,15 @@ def serve(
         shards=known.shards,
         patience=plan.federation.rejoin_wait,
     )
-    door = _Door(plan, lobby, known)
+    door = Door(
+        plan.server,
+        plan.security,
+        lobby.greet,
+        lobby.part,
+        federation=known.federation,
+        about={"run_config": as_config(plan.federation)},
+        nodes=known.nodes,
+    )
     address = door.link.listen(plan.server.listen)
     goodbye, ok = "The server ended: its own code failed.", False
     try:
@@ -86,43 +86,6 @@ def serve(
     return path, summary
 
 
-class _Door:
-    """The port: the link, and what else is served on it."""
-
-    def __init__(self, plan: Plan, lobby: Lobby, known: Known) -> None:
-        tokens = TokenStore(Path(plan.security.tokens)) if plan.security.tokens else None
-        guard = Guard(tokens)
-        self._settings = as_config(plan.federation)
-        self._federation = known.federation
-        self.public_digest: str | None = None
-        self._services = Services()
-        self.link = LinkServer(
-            lobby.greet,
-            lobby.part,
-            credentials=server_credentials(plan.security),
-            guard=guard,
-            nodes=known.nodes,
-            services=[self._services.register, doctor_handler(self._report, guard)],
-            grace=plan.server.reconnect_grace,
-            limit=plan.server.max_message,
-        )
-
-    def close(self, goodbye: str, *, ok: bool) -> None:
-        """Say goodbye to everybody, and free the port."""
-        self._services.closing()
-        self.link.close(goodbye, ok=ok)
-
-    def _report(self, hello: dict[str, Any]) -> dict[str, Any]:
-        return {
-            "version": __version__,
-            "protocol": PROTOCOL,
-            "time": time.time(),
-            "federation": self._federation,
-            "run_config": self._settings,
-            "public_digest": self.public_digest,
-        }
-
-
 class _LinkRun(Run):
     """A run over the gRPC link, from loading to the summary."""
 
@@ -131,7 +94,7 @@ class _LinkRun(Run):
     def __init__(
         self,
         plan: Plan,
-        door: _Door,
+        door: Door,
         lobby: Lobby,
         known: Known,
         rundir: RunDirectory,

@@ -200,6 +200,7 @@ class FederationState:
             file = f"{self._commits:08d}-{quote(name, safe='')}.records"
             written[file] = self._write(file, encode_records(RecordDict({name: state[name]})))
             files[name] = file
+        files = {name: files[name] for name in marks}  # in the order in which they are
         reply_file = f"{self._commits:08d}.reply"
         written[reply_file] = self._write(reply_file, as_file(reply))
         replies = {
@@ -274,21 +275,24 @@ class FederationState:
 class _Identity:
     """Equal only to itself: comparing models byte by byte would cost more than it saves."""
 
-    def __init__(self, record: Any) -> None:
-        self.record = record
+    def __init__(self, data: Any) -> None:
+        self.data = data
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Identity) and other.record is self.record
+        return isinstance(other, _Identity) and other.data is self.data
 
     __hash__ = None  # type: ignore[assignment]
 
 
 def mark(state: RecordDict, name: str) -> Any:
-    """What tells whether a record has changed: arrays are replaced, small records edited."""
-    record = state[name]
+    """What tells whether a record has changed: the bytes of an array can't, but may be replaced."""
     if name in state.array_records:
-        return _Identity(record)
-    return sorted((key, repr(value)) for key, value in record.items())
+        return [
+            (key, array.dtype, tuple(array.shape), array.stype, _Identity(array.data))
+            for key, array in state.array_records[name].items()
+        ]
+    record = state[name]
+    return type(record).__name__, [(key, repr(value)) for key, value in record.items()]
 
 
 def _owner_text(owner: Any) -> str:

@@ -84,24 +84,38 @@ class Facts:
         return ArrayRecord(model.state_dict())
 
 
+class NetworkSize(NamedTuple):
+    """What a network weighs.
+
+    Attributes:
+        bytes: of its state dict.
+        parameters: shapes of the tensors that training moves, in float32, but for ``normalisation``.
+        normalisation: shapes of those of them that belong to normalisation layers.
+        statistics: bytes of batch normalisation's running statistics.
+    """
+
+    bytes: int
+    parameters: tuple[tuple[int, ...], ...] = ()
+    normalisation: tuple[tuple[int, ...], ...] = ()
+    statistics: int = 0
+
+
 class Sizes(NamedTuple):
     """What the bytes of a round hang on.
 
     Attributes:
-        own_model: bytes of the client's own state dict.
-        global_model: bytes of the federation's ``model``.
+        own: the client's own network.
+        common: the federation's ``model``.
         outputs: number of logits, C.
         public: size of the public set, M0.
         codec: how logits travel.
-        parameters: shapes of the tensors of the client's own model that training moves, in float32.
     """
 
-    own_model: int
-    global_model: int
+    own: NetworkSize
+    common: NetworkSize
     outputs: int
     public: int
     codec: str
-    parameters: tuple[tuple[int, ...], ...] = ()
 
 
 class FederatedStrategy(Strategy):
@@ -134,6 +148,10 @@ class FederatedStrategy(Strategy):
 
         facts = self.facts
         return parameter_names(facts.settings.model, facts.public.shape, facts.outputs)
+
+    def parameters_of(self, member: Member) -> frozenset[str]:
+        """Names of the tensors of the network that a member is sent and trains, as ``parameters``."""
+        return self.parameters
 
     @classmethod
     def check(cls, settings: FederationSettings, hyper: Any) -> None:

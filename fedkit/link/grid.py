@@ -7,8 +7,6 @@ import secrets
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from typing import Any
 
 from flwr.app import Message, RecordDict
 
@@ -16,30 +14,14 @@ from fedkit.engine.grid import EngineGrid
 from fedkit.errors import plain
 from fedkit.flower import (
     decode_message,
-    encode_content,
-    encode_envelope,
     error_reply,
-    parts_of,
     set_message_id,
     unavailable_reply,
 )
-from fedkit.link.frames import Parcel
+from fedkit.link.contents import Contents
 from fedkit.link.node import Lost
 from fedkit.link.server import LinkServer
 from fedkit.link.spool import Reply
-
-# Contents that may be sent to further clients: one for each codec that they know.
-CONTENTS_KEPT = 4
-
-
-@dataclass(frozen=True)
-class _Encoded:
-    """A content, kept so that its id passes to no other; what was in it; and how it travels."""
-
-    content: RecordDict
-    values: dict[str, Any]
-    description: bytes
-    arrays: Parcel
 
 
 class LinkGrid(EngineGrid):
@@ -58,13 +40,13 @@ class LinkGrid(EngineGrid):
         self._process = secrets.token_hex(4)
         self._questions = itertools.count(1)
         self._in_round: Counter[str] = Counter()
-        self._encoded: dict[int, _Encoded] = {}
+        self._contents = Contents()
         self._sent: dict[str, Message] = {}
 
     def begin_round(self) -> None:
         """A round begins, or begins again."""
         self._in_round.clear()
-        self._encoded.clear()
+        self._contents.clear()
 
     def get_node_ids(self) -> Iterable[int]:
         """The clients that are connected now, or may still come back."""
@@ -116,8 +98,7 @@ class LinkGrid(EngineGrid):
         meta = message.metadata
         key = self._key(message)
         set_message_id(message, key)
-        description, arrays = self._encode(message.content)
-        parcel = arrays.with_head(encode_envelope(message) + description)
+        parcel = self._contents.parcel(message)
         message.content = RecordDict()  # only the envelope is needed from here on
         self._sent[key] = message
         self._link.send(meta.dst_node_id, key, parcel, meta.message_type, deadline)
@@ -130,18 +111,6 @@ class LinkGrid(EngineGrid):
             return f"{name}/{self._process}-{next(self._questions)}"
         self._in_round[name] += 1
         return f"{name}/{self._in_round[name]}"
-
-    def _encode(self, content: RecordDict) -> tuple[bytes, Parcel]:
-        """Description and arrays, made and summed once where several clients get the same."""
-        values = parts_of(content)
-        known = self._encoded.pop(id(content), None)
-        if known is None or known.values != values:
-            description, *arrays = encode_content(content)
-            known = _Encoded(content, values, description, Parcel.of(arrays))
-        self._encoded[id(content)] = known
-        while len(self._encoded) > CONTENTS_KEPT:
-            del self._encoded[next(iter(self._encoded))]
-        return known.description, known.arrays
 
     def _reply(self, key: str, result: Reply | Lost) -> Message:
         sent = self._sent.pop(key)

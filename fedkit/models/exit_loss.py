@@ -34,7 +34,7 @@ def joint_loss(
 
     def loss(logits: Tensor, labels: Tensor) -> Tensor:
         exits = len(logits)
-        each = [*weights, *[weights[-1]] * exits][:exits]
+        each = for_exits(weights, exits)
         value = sum(
             (
                 weight * functional.cross_entropy(one, labels)
@@ -48,6 +48,11 @@ def joint_loss(
         return value + distillation / (exits - 1) * pairs
 
     return loss
+
+
+def for_exits(weights: Sequence[float], exits: int) -> list[float]:
+    """w_1 to w_D for D exits, the last weight for all that follow."""
+    return [*weights, *[weights[-1]] * exits][:exits]
 
 
 def read_weights(text: str) -> list[float]:

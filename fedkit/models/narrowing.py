@@ -77,13 +77,16 @@ def narrow(model: nn.Module, inputs: Tensor, width: float, whole: Whole) -> None
 
 
 def hidden_layers(model: nn.Module, whole: Whole) -> list[nn.Module]:
-    """The convolutions, linear layers and ``Hidden`` whose outputs a width slices."""
+    """The convolutions, linear layers, attentions and ``Hidden`` whose outputs a width slices.
+
+    torch's attention runs its own layers' weights and not the layers: it is scaled by what it gives.
+    """
     found: list[nn.Module] = []
     for path, layer in model.named_modules():
         sliced = isinstance(layer, _ConvNd | nn.Linear) and not whole(
             _name(path, "weight"), int(isinstance(layer, _ConvTransposeNd))
         )
-        if sliced or isinstance(layer, Hidden):
+        if sliced or isinstance(layer, Hidden | nn.MultiheadAttention):
             found.append(layer)
     return found
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from fedkit.data.samples import Samples
+from fedkit.models.exits import MultiExit
 
 _LAYERS: tuple[type[nn.Module], ...] = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 
@@ -36,6 +37,12 @@ def normalisation_of(model: nn.Module) -> frozenset[str]:
         if isinstance(layer, _LAYERS)
         for name in layer.state_dict()
     )
+
+
+def tracks(model: nn.Module) -> bool:
+    """Whether training moves running statistics of batch normalisation."""
+    layers = (layer for layer in model.modules() if isinstance(layer, _BatchNorm))
+    return any(layer.track_running_stats for layer in layers)
 
 
 @contextmanager
@@ -62,8 +69,8 @@ def batch_moments(
     """The mean over batches of what batch normalisation layers see: static statistics, over some samples.
 
     Only these layers are as in training, so each batch is normalised by its own moments; dropout, and
-    whatever else differs in training, is off. The samples are not augmented. As in training, a last batch
-    of one sample is left out.
+    whatever else differs in training, is off, but for exits: all are run. The samples are not augmented. As
+    in training, a last batch of one sample is left out.
 
     Args:
         model: whose running statistics are overwritten.
@@ -75,6 +82,8 @@ def batch_moments(
         over how many batches they are; with no batch they mean nothing.
     """
     model.eval()
+    # In evaluation a network with several exits leaves by the last one.
+    run = model.every_exit if isinstance(model, MultiExit) else model
     layers = {
         path: layer
         for path, layer in model.named_modules(remove_duplicate=False)
@@ -86,7 +95,7 @@ def batch_moments(
         layer.train()
     starts = range(0, len(samples) - 1, batch_size)
     for at in starts:
-        model(samples.inputs(slice(at, at + batch_size)))
+        run(samples.inputs(slice(at, at + batch_size)))
     return {
         f"{path}.{name}" if path else name: tensor
         for path, layer in layers.items()

@@ -14,6 +14,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache, lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -121,8 +122,13 @@ class Slicing:
         nothing in evaluation mode, and nothing at all at width 1.
         """
 
-        def scale(layer: nn.Module, inputs: object, outputs: Tensor) -> Tensor:
-            return outputs / width if layer.training else outputs
+        def scale(layer: nn.Module, inputs: object, outputs: Any) -> Any:
+            if not layer.training:
+                return outputs
+            if isinstance(layer, nn.MultiheadAttention):
+                states, weights = outputs
+                return states / width, weights
+            return outputs / width
 
         layers = hidden_layers(model, self._is_whole) if width < 1 else []
         hooks = [layer.register_forward_hook(scale) for layer in layers]

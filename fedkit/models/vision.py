@@ -165,12 +165,14 @@ def vit(shape: tuple[int, ...], classes: int, argument: str | None = None) -> nn
     number of patches, gets zeros (the mean colour) below and on the right. ViT-Ti: Touvron et al. 2021.
     """
     no_argument("vit", argument)
-    models = import_torchvision("vit")
+    import_torchvision("vit")
+    from fedkit.models.vit import SliceableVisionTransformer
+
     channels, height, width = image_shape("vit", shape)
     longest = max(height, width)
     patch = max(2, -(-longest // 8)) if longest <= SMALL else 16
     side = -(-longest // patch) * patch
-    model: nn.Module = models.VisionTransformer(
+    model: nn.Module = SliceableVisionTransformer(
         image_size=side,
         patch_size=patch,
         num_layers=6,

@@ -15,8 +15,9 @@ from clients import memory, probing, shared
 from clients.edge import ALONE, OWN, Edge, edge_of, whole
 from clients.joining import PublicMissing, take_offer
 from fedkit.data.samples import Samples
+from fedkit.knowledge.arrays import as_state_dict
 from fedkit.models.build import parameter_count, restored
-from fedkit.models.device import leave_to_others
+from fedkit.models.device import leave_to_others, seed_torch
 from fedkit.models.files import about_of
 from fedkit.models.measure import measure
 from fedkit.registry import names
@@ -107,7 +108,7 @@ def client_app(
             metrics |= _measures(edge, OWN, edge.own, samples, on_global_test=True)
         else:
             # Where all have one global model the server measures it on the common test set.
-            came, common = arrays.to_torch_state_dict(), bool(config.get("common-test", False))
+            came, common = as_state_dict(arrays), bool(config.get("common-test", False))
             spec = str(config.get("model", edge.model_name))
             if config.get("own", False):
                 # Which network that is may be told only now, or have been another in between.
@@ -146,7 +147,7 @@ def reply(
 
 def global_model(edge: Edge, arrays: ArrayRecord, spec: str) -> torch.nn.Module:
     """A network of the federation's with the given weights, on this client's device."""
-    weights = arrays.to_torch_state_dict()
+    weights = as_state_dict(arrays)
     return restored(spec, edge.data.shape, edge.outputs, weights).to(edge.device)
 
 
@@ -222,5 +223,5 @@ def _seeded(message: Message, context: Context, call_next: ClientAppCallable) ->
     round = message.metadata.group_id or "0"
     # A probe begins what its instruction would, with the same numbers.
     purpose = f"{probing.instruction_type(message)}/{round}"
-    torch.manual_seed(derive(seed, purpose, int(context.node_config["partition-id"])))
+    seed_torch(derive(seed, purpose, int(context.node_config["partition-id"])))
     return call_next(message, context)

@@ -11,6 +11,7 @@ from clients.common import client_app, keep
 from clients.edge import OWN, edge_of
 from clients.private import local_epochs
 from clients.static_norm import add_statistics
+from fedkit.knowledge.arrays import as_state_dict
 from fedkit.models.training import Pull
 
 # The global model's schedule and optimiser are its own, as FedAvg's would be.
@@ -29,7 +30,7 @@ def train(message: Message, context: Context) -> Message:
     if GLOBAL not in edge.models:
         edge.remake(context, GLOBAL)
     model = edge.models[GLOBAL]
-    shared.load(model, came.to_torch_state_dict())
+    shared.load(model, as_state_dict(came))
     if "reference" not in context.state:
         # v and the reference start where the client first met the federation.
         edge.own.load_state_dict(model.state_dict())

@@ -166,7 +166,7 @@ def _build(context: Context) -> Edge:
     )
     data = federated_data(context, settings, sources)
     broken = str(node.get("corrupt", ""))
-    shard = corrupted(data.shard(client), broken, settings.seed, client)
+    shard = corrupted(data.of_client(client), broken, settings.seed, client)
     edge = Edge(
         settings=settings,
         client=client,

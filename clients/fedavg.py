@@ -13,6 +13,7 @@ from clients.edge import OWN, Edge, edge_of
 from clients.personal import fine_tuned
 from clients.private import local_epochs
 from clients.static_norm import add_statistics
+from fedkit.knowledge.arrays import as_state_dict
 
 
 def update(edge: Edge, context: Context, config: ConfigRecord) -> dict[str, float]:
@@ -51,7 +52,7 @@ def add_train(
         config = message.content.config_records["config"]
         came = message.content.array_records["arrays"]
         prepare(edge, context, config)
-        shared.load(edge.own, came.to_torch_state_dict())
+        shared.load(edge.own, as_state_dict(came))
         if "reference" not in context.state:
             # The reference starts where the client first met the federation.
             edge.start_alone(context)

@@ -17,6 +17,7 @@ from clients.personal import fine_tuned, in_passing
 from clients.private import local_epochs, train_private
 from clients.static_norm import add_statistics
 from fedkit.knowledge import subset
+from fedkit.knowledge.arrays import as_state_dict
 from fedkit.models.losses import soften
 from fedkit.models.measure import predict
 
@@ -32,7 +33,7 @@ def profile(message: Message, context: Context) -> Message:
     """Train a copy of the first model; tell what it then believes of the exemplars, class by class."""
     edge = edge_of(context)
     config = message.content.config_records["config"]
-    came = message.content.array_records["arrays"].to_torch_state_dict()
+    came = as_state_dict(message.content.array_records["arrays"])
     edge.models[PROBED] = shared.completed(edge.own, came)
     epochs = cast(int, config["probe-epochs"])
     train_private(edge, context, PROBED, in_passing(config), "profile", epochs)

@@ -15,7 +15,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context
 from torch import nn
 
 from fedkit.data.agreement import Agreement, read_agreement
-from fedkit.knowledge.arrays import as_arrays
+from fedkit.knowledge.arrays import as_arrays, as_state_dict
 from fedkit.models.files import About
 from fedkit.models.moments import give_moments, moments_of
 from fedkit.models.normalisation import statistics_of
@@ -49,7 +49,7 @@ def keep_statistics(context: Context, name: str, architecture: str, model: nn.Mo
 def recall_statistics(context: Context, name: str, architecture: str) -> Mapping[str, torch.Tensor]:
     """The running statistics of ``NAME``, as that architecture, that the state holds; else none."""
     record = context.state.get(f"{name}-statistics/{architecture}")
-    return record.to_torch_state_dict() if isinstance(record, ArrayRecord) else {}
+    return as_state_dict(record) if isinstance(record, ArrayRecord) else {}
 
 
 def keep_about(context: Context, about: About) -> None:
@@ -60,7 +60,7 @@ def keep_about(context: Context, about: About) -> None:
 def recall_weights(context: Context, name: str) -> Mapping[str, torch.Tensor] | None:
     """The state dict of a model that the state holds, if it does."""
     record = context.state.get(f"{name}-model")
-    return record.to_torch_state_dict() if isinstance(record, ArrayRecord) else None
+    return as_state_dict(record) if isinstance(record, ArrayRecord) else None
 
 
 def keep_agreement(

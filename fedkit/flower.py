@@ -290,18 +290,17 @@ def _strip(records: RecordDict) -> tuple[RecordDict, list[bytes]]:
 
 def _fill(records: RecordDict, blobs: Sequence[bytes], described: bool) -> None:
     arrays = [
-        (record, name)
+        (name, array)
         for record in records.values()
         if isinstance(record, ArrayRecord)
-        for name in record
+        for name, array in record.items()
     ]
     if len(arrays) != len(blobs):
         raise ValueError(f"{len(arrays)} arrays are described, {len(blobs)} came")
-    for (record, name), blob in zip(arrays, blobs, strict=True):
-        bare = record[name]
+    for (name, array), blob in zip(arrays, blobs, strict=True):
         if described:
-            _check_description(name, bare, len(blob))
-        record[name] = Array(bare.dtype, tuple(bare.shape), bare.stype, blob)
+            _check_description(name, array, len(blob))
+        array.data = blob
 
 
 def _check_description(name: str, array: Array, length: int) -> None:

@@ -20,7 +20,6 @@ import math
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from typing import IO, Any
@@ -74,7 +73,7 @@ class RunDirectory:
 
     def record(self, event: Event) -> None:
         """Append one event to ``metrics.jsonl``."""
-        fields = {"time": round(time.time(), 3), **asdict(event)}
+        fields = {"time": round(time.time(), 3), **vars(event)}
         # JSON has no word for what a diverging model gives.
         if isinstance(event.value, float) and not math.isfinite(event.value):
             fields["value"] = None

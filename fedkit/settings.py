@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import tomllib
 from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
@@ -77,7 +77,10 @@ class FederationSettings:
         "comma-separated",
     )
     num_shards: int = setting(
-        20, "into how many shards the private data are dealt; shards count from 0", minimum=1
+        20,
+        "into how many shards the private data are dealt; shards count from 0. Simulated clients may be "
+        "more: they take the shards in turn, and each joins when it is first chosen",
+        minimum=1,
     )
     seed: int = setting(1, "every random number of the run comes from this one", minimum=0)
     model: str = setting(
@@ -351,7 +354,7 @@ def refuse_unknown(
 
 def as_config(settings: Any) -> dict[str, Value]:
     """A settings instance as plain values by outside name, as TOML and Flower's run config hold."""
-    return {key(name): value for name, value in asdict(settings).items()}
+    return {key(item.name): getattr(settings, item.name) for item in fields(settings)}
 
 
 def _parse(item: Field[Any], kind: type, value: Value) -> Value:

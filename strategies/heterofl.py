@@ -103,7 +103,8 @@ class HeteroFL(FederatedStrategy):
         """The widest level that a client can be given; with ``fix`` dealt out where it does not say."""
         levels = read_levels(hyper.levels)
         if told is None and hyper.assignment == "fix":
-            return levels[int(_dealt(settings.seed, settings.num_shards)[client]) % len(levels)]
+            dealt = _dealt(settings.seed, settings.num_shards)
+            return levels[int(dealt[client % len(dealt)]) % len(levels)]
         return max((level for level in levels if level <= (told or 1.0)), default=levels[-1])
 
     @cached_property

@@ -26,6 +26,7 @@ Examples:
   fedkit simulate --clients 100 --strategy ktpfl --models lenet,cnn --rounds 20
   fedkit simulate --clients 1000 --strategy fedavg --select uniform:0.05 --eval-every 10
   fedkit simulate --clients 200 --strategy fedavg --model mlp:32 --models mlp:32 --batched 16
+  fedkit simulate --clients 1000000 --num-shards 100 --partition iid --strategy fedavg --select uniform:50
   fedkit simulate --clients 20 --strategy fedmd --workers 8 --device cuda
   fedkit simulate --clients 20 --strategy fedavg --engine ray
   fedkit simulate --config runs/2026-11-21T17-45-03-ktpfl/config.toml

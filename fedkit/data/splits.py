@@ -137,13 +137,21 @@ class FederatedData:
             test=self.dataset.test.all() if with_test else _taken(pool, test_part),
         )
 
-    def pooled(self, numbers: Sequence[int]) -> Samples:
-        """The training samples of some shards together; one that several hold counts as often.
+    def of_client(self, client: int) -> ClientData:
+        """A client's shard, decoded; with more clients than shards they take these in turn.
 
         Raises:
             UsageError, FedkitError: as ``shard``.
         """
-        parts = [self.shard(number).train for number in numbers]
+        return self.shard(client % self.settings.num_shards)
+
+    def pooled(self, clients: Sequence[int]) -> Samples:
+        """The training samples of some clients together; one that several hold counts as often.
+
+        Raises:
+            UsageError, FedkitError: as ``shard``.
+        """
+        parts = [self.of_client(client).train for client in clients]
         return replace(
             parts[0],
             data=torch.cat([part.data for part in parts]),

@@ -8,6 +8,7 @@ from typing import Any
 
 from fedkit.engine.checkpoint import Checkpoint
 from fedkit.engine.events import Event, Listener
+from fedkit.engine.registered import among
 from fedkit.engine.roster import Member
 from fedkit.engine.seen import Ledger
 from fedkit.engine.selection import Outcome, Probe, Selector, View
@@ -122,7 +123,7 @@ class Chooser:
             why = "picked nobody"
         except Exception as error:  # whatever a plug-in raises
             clients, why = set(), f"failed: {_sentence(error)}"
-        picked = [member for member in members if member.client in clients]
+        picked = among(members, clients)
         if not picked and members:
             self._warn(server_round, f"--select {self._spec} {why}: everyone {then}")
             return list(members)

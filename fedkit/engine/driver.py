@@ -21,6 +21,7 @@ from fedkit.engine.events import APART, REWIND, Event, Listener
 from fedkit.engine.known import Known
 from fedkit.engine.observing import Observed, emit_metrics
 from fedkit.engine.probing import Probing
+from fedkit.engine.registered import joined
 from fedkit.engine.roster import Check, Offer, Roster
 from fedkit.engine.round_grid import RoundGrid
 from fedkit.engine.selection import Outcome
@@ -168,7 +169,7 @@ class Driver:
     def _round(self, server_round: int, arrays: ArrayRecord) -> ArrayRecord:
         settings = self._settings
         everybody = self.roster.connected()
-        chosen = self.chooser.choose(server_round, everybody)
+        chosen = self.roster.with_all(self.chooser.choose(server_round, everybody))
         clients = [member.client for member in chosen]
         started = time.monotonic()
         grid = RoundGrid(self._grid, chosen, started + settings.round_timeout)
@@ -194,7 +195,7 @@ class Driver:
         last = server_round == settings.rounds or self._had_enough is not None
         if last or server_round % settings.eval_every == 0:
             silent = {member.client for member in chosen} - {m.client for m in grid.members}
-            measured = [m for m in everybody if last or m.client not in silent]
+            measured = [m for m in joined(everybody) if last or m.client not in silent]
             apart = RoundGrid(self._grid, measured, time.monotonic() + settings.round_timeout)
             arrays = self._measure(server_round, arrays, apart, last)
         self._emit(Event("round", server_round, None, None, "seconds_server", server_seconds))

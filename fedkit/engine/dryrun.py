@@ -10,7 +10,7 @@ from torch import nn
 
 from fedkit.data.splits import cut
 from fedkit.engine.local_clients import local_clients
-from fedkit.engine.plan import Plan
+from fedkit.engine.plan import Plan, check_shards
 from fedkit.engine.strategy import NetworkSize, Sizes
 from fedkit.models.build import build_model, parameter_count, state_bytes
 from fedkit.models.narrow import at_width
@@ -24,6 +24,7 @@ def dry_run(plan: Plan) -> dict[str, Any]:
     ``memory`` is what a client's models need while they train: weights, gradients and two moments, in
     bytes, and the weights once more for the reference; activations and torch itself come on top.
     """
+    check_shards(plan)
     settings = plan.federation
     data = cut(settings, plan.data)
     widest = plan.strategy.width(plan.hyper, settings, 0, 1.0) or 1.0

@@ -7,7 +7,7 @@ import json
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from fedkit import __version__
@@ -173,10 +173,7 @@ class History:
             "target": reached(settings.target, rows),
             "fairness": jain(took_part.get(member.client, 0) for member in members),
             "server_models": self._server_models(last),
-            "clients": [
-                {**self._client(member, last), "rounds": took_part.get(member.client, 0)}
-                for member in members
-            ],
+            "clients": self._clients(members, last, took_part),
             "history": rows,
         }
 
@@ -188,25 +185,34 @@ class History:
             name.removesuffix(end): value for name, value in measured.items() if name.endswith(end)
         }
 
-    def _client(self, member: Member, last: int) -> dict[str, Any]:
-        def accuracy(names: tuple[str, ...]) -> float | None:
-            return self._of_clients(last, names).get(member.client)
-
-        return {
-            "id": member.client,
-            "model": member.model,
-            "width": self._widths.get(member.client, member.width),
-            "depth": member.depth,
-            "shard": member.client,
-            "examples": member.examples,
-            "alone_personal_accuracy": accuracy(ALONE_PERSONAL),
-            "alone_global_accuracy": accuracy(ALONE_GLOBAL),
-            "personal_accuracy": accuracy(PERSONAL),
-            "global_accuracy": accuracy(GLOBAL),
-            "cpu_seconds": self._cpu.get(member.client),
-            "bytes_up": self._total("bytes_up", client=member.client),
-            "bytes_down": self._total("bytes_down", client=member.client),
+    def _clients(
+        self, members: Iterable[Member], last: int, took_part: Mapping[int, int]
+    ) -> list[dict[str, Any]]:
+        accuracies = {
+            f"{name}_accuracy": self._of_clients(last, names)
+            for name, names in (
+                ("alone_personal", ALONE_PERSONAL),
+                ("alone_global", ALONE_GLOBAL),
+                ("personal", PERSONAL),
+                ("global", GLOBAL),
+            )
         }
+        bytes_by_client = {name: _by_client(sizes) for name, sizes in self._bytes.items()}
+        return [
+            {
+                "id": member.client,
+                "model": member.model,
+                "width": self._widths.get(member.client, member.width),
+                "depth": member.depth,
+                "shard": member.client,
+                "examples": member.examples,
+                **{name: by_client.get(member.client) for name, by_client in accuracies.items()},
+                "cpu_seconds": self._cpu.get(member.client),
+                **{name: sizes.get(member.client, 0) for name, sizes in bytes_by_client.items()},
+                "rounds": took_part.get(member.client, 0),
+            }
+            for member in members
+        ]
 
     def _of_clients(self, round: int, names: tuple[str, ...]) -> dict[int, float]:
         """The first of ``names`` that each client has; a model of the server's counts for all."""
@@ -226,12 +232,15 @@ class History:
                     break
         return found
 
-    def _total(self, name: str, round: int | None = None, client: int | None = None) -> int:
-        return sum(
-            size
-            for (at, whose), size in self._bytes[name].items()
-            if round in (None, at) and client in (None, whose)
-        )
+    def _total(self, name: str, round: int) -> int:
+        return sum(size for (at, _), size in self._bytes[name].items() if at == round)
+
+
+def _by_client(sizes: Mapping[tuple[int, int | None], int]) -> dict[int | None, int]:
+    totals: dict[int | None, int] = defaultdict(int)
+    for (_, client), size in sizes.items():
+        totals[client] += size
+    return totals
 
 
 def _mean(values: Iterable[float]) -> float | None:

@@ -23,7 +23,7 @@ from fedkit.engine.children import (
 )
 from fedkit.engine.events import Event
 from fedkit.engine.local_clients import LocalClient, local_clients
-from fedkit.engine.plan import Plan, make_plan, named_here
+from fedkit.engine.plan import Plan, check_shards, make_plan, named_here
 from fedkit.errors import FedkitError, UsageError
 from fedkit.rundir import default_path, read_events
 from fedkit.settings import as_config, build, merge, refuse_unknown
@@ -119,6 +119,7 @@ def run_local(plan: Plan, listeners: list[Listener]) -> Result:
     directory = Path(plan.server.run_dir or default_path(plan.federation.strategy))
     if (directory / "metrics.jsonl").exists():
         raise UsageError(f"{directory} holds a run already: choose another --run-dir.")
+    check_shards(plan)
     clients = local_clients(plan)
     make_folder(directory / "logs")
     with living_children() as children:

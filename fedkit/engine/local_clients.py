@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from fedkit.data.corruption import NONE
-from fedkit.engine.plan import Plan, client_models
+from fedkit.engine.by_rule import ByRule
+from fedkit.engine.plan import Plan, model_cycle
 from fedkit.settings import Value
 
 
@@ -54,13 +57,26 @@ class LocalClient:
         }
 
 
-def local_clients(plan: Plan) -> list[LocalClient]:
-    """The clients of a local plan, in order."""
+def local_clients(plan: Plan) -> Sequence[LocalClient]:
+    """The clients of a local plan, in order; each is made when somebody looks at it."""
     local = plan.local
     assert local is not None
     texts = (local.widths, local.depths, local.time_budgets, local.corrupt, local.emulate)
     told = [[word.strip() for word in text.split(",")] for text in texts]
-    return [
-        LocalClient(number, model, *(words[number % len(words)] for words in told))
-        for number, model in enumerate(client_models(plan))
-    ]
+    return ByRule(local.clients, partial(_client, [model_cycle(plan), *told]))
+
+
+def node_configs(plan: Plan, public_sets: Path) -> Sequence[dict[str, Value]]:
+    """What each client of a local plan is told (see ``LocalClient.node_config``), in order."""
+    clients = local_clients(plan)
+    return ByRule(len(clients), partial(_node_config, clients, plan, public_sets))
+
+
+def _client(told: Sequence[Sequence[str]], number: int) -> LocalClient:
+    return LocalClient(number, *(words[number % len(words)] for words in told))
+
+
+def _node_config(
+    clients: Sequence[LocalClient], plan: Plan, public_sets: Path, number: int
+) -> dict[str, Value]:
+    return clients[number].node_config(plan, public_sets)

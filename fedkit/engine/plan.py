@@ -114,7 +114,7 @@ def make_plan(values: Mapping[str, Value], *, local: bool = False) -> Plan:
     check_names(federation)
     check_rules(federation)
     federation = resolve_public(federation)
-    if federation.min_clients > federation.num_shards:
+    if run is None and federation.min_clients > federation.num_shards:
         raise UsageError(
             f"min-clients is {federation.min_clients}, but there are only {federation.num_shards} "
             "shards (num-shards), one for each client."
@@ -142,6 +142,14 @@ def make_plan(values: Mapping[str, Value], *, local: bool = False) -> Plan:
     return plan
 
 
+def check_shards(plan: Plan) -> None:
+    """Raise ``UsageError`` where there is no shard for every local client; a simulation needs none."""
+    assert plan.local is not None
+    clients, shards = plan.local.clients, plan.federation.num_shards
+    if shards < clients:
+        raise UsageError(f"{clients} clients need as many shards, but num-shards is {shards}.")
+
+
 def _budgets_time(hyper: Any, run: RunSettings) -> bool:
     """Whether clients do less, or take a smaller network, where their time is short."""
     sizes = [text.strip() for text in f"{run.widths},{run.depths}".split(",")]
@@ -151,7 +159,7 @@ def _budgets_time(hyper: Any, run: RunSettings) -> bool:
 def named_here(plan: Plan) -> str:
     """What the command line named of code and files, for the processes that it starts (``allow``)."""
     federation = plan.federation
-    models = client_models(plan) if plan.local is not None else []
+    models = model_cycle(plan) if plan.local is not None else []
     data = [federation.dataset, public_parts(federation)[0], *partition_specs(federation)]
     own = [
         spec
@@ -164,10 +172,16 @@ def named_here(plan: Plan) -> str:
 def client_models(plan: Plan) -> list[str]:
     """The model of each local client, in client order."""
     assert plan.local is not None
-    if plan.strategy.one_model:
-        return [plan.federation.model] * plan.local.clients
-    models = _model_names(plan.local.models)
+    models = model_cycle(plan)
     return [models[at % len(models)] for at in range(plan.local.clients)]
+
+
+def model_cycle(plan: Plan) -> list[str]:
+    """The models of local clients, which take them in turn."""
+    assert plan.local is not None
+    if plan.strategy.one_model:
+        return [plan.federation.model]
+    return _model_names(plan.local.models)
 
 
 def _model_names(text: str) -> list[str]:
@@ -215,10 +229,6 @@ def _check_local(federation: FederationSettings, run: RunSettings) -> None:
         raise UsageError(
             "`fedkit run` deals one data set among its clients; for clients with data of their own "
             "start `fedkit server` and `fedkit client --dataset folder:PATH`."
-        )
-    if federation.num_shards < run.clients:
-        raise UsageError(
-            f"{run.clients} clients need as many shards, but num-shards is {federation.num_shards}."
         )
     if federation.min_clients > run.clients:
         raise UsageError(

@@ -7,7 +7,7 @@ own view before it may take part. This works on every engine, since it is a Flow
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -15,6 +15,7 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
 from fedkit.engine.events import Event, Listener
+from fedkit.engine.registered import JoinsWhenChosen, Registered
 from fedkit.errors import plain
 
 
@@ -116,6 +117,7 @@ class Roster:
         self._asked: dict[str, _Question] = {}
         self._turned_away: set[int] = set()
         self._processes: dict[int, str] = {}
+        self._registered = grid.registered if isinstance(grid, JoinsWhenChosen) else None
         self.members: dict[int, Member] = {}
 
     def ask_again(self) -> None:
@@ -123,7 +125,12 @@ class Roster:
         self._turned_away.clear()
 
     def admit(self) -> None:
-        """Ask new nodes to join, and take in those that have answered since the last call."""
+        """Ask new nodes to join, and take in those that have answered since the last call.
+
+        Who is registered only is asked when it is chosen.
+        """
+        if self._registered is not None:
+            return
         present = set(self._grid.get_node_ids())
         now = self._grid.processes() if isinstance(self._grid, KnowsProcesses) else {}
         self._give_up_silent()
@@ -134,33 +141,49 @@ class Roster:
         # meanwhile: what it answers to the round's instructions is awaited.
         restarted = {n for n, process in now.items() if self._processes.get(n) != process}
         known = set(self.members) - restarted
-        new = sorted(present - known - waiting - self._turned_away)
-        for node_id in new:
-            self._ask(node_id, now.get(node_id, ""))
+        self._ask(sorted(present - known - waiting - self._turned_away), now)
+        self._take_answers()
+
+    def with_all(self, chosen: Sequence[Member]) -> list[Member]:
+        """Those who were chosen, once all of them have joined; who may not join is left out."""
+        self._ask([m.node_id for m in chosen if m.node_id not in self.members], {})
+        self._take_answers()
+        return [self.members[m.node_id] for m in chosen if m.node_id in self.members]
+
+    def _take_answers(self) -> None:
         if self._asked:
             for reply in self._grid.pull_messages(list(self._asked)):
                 asked = self._asked.pop(reply.metadata.reply_to_message_id)
                 lacking = _lacking(reply)
                 if lacking is not None and not asked.with_public:
-                    self._ask(asked.node_id, asked.process, with_public=True)
+                    self._ask([asked.node_id], {asked.node_id: asked.process}, with_public=True)
                 elif lacking is not None:
                     sentence = f"It was sent the public set and still lacks it: {lacking}"
                     self._refuse(asked.node_id, sentence)
                 elif self._take(asked.node_id, reply):
                     self._processes[asked.node_id] = asked.process
 
-    def _ask(self, node_id: int, process: str, *, with_public: bool = False) -> None:
+    def _ask(
+        self, node_ids: Sequence[int], processes: Mapping[int, str], *, with_public: bool = False
+    ) -> None:
+        if not node_ids:
+            return
         try:
             offer = self._offer(with_public)
         except NothingToSend as reason:
-            self._refuse(node_id, str(reason))
+            for node_id in node_ids:
+                self._refuse(node_id, str(reason))
             return
-        question = Message(offer, node_id, "query.join", group_id="0")
-        (message_id,) = self._grid.push_messages([question])
-        self._asked[message_id] = _Question(node_id, process, time.monotonic(), with_public)
+        # All at once: an engine may have several at work on their answers.
+        questions = [Message(offer, node_id, "query.join", group_id="0") for node_id in node_ids]
+        for node_id, message_id in zip(node_ids, self._grid.push_messages(questions), strict=True):
+            process = processes.get(node_id, "")
+            self._asked[message_id] = _Question(node_id, process, time.monotonic(), with_public)
 
-    def connected(self) -> list[Member]:
-        """The members whose node the grid offers now, in client order."""
+    def connected(self) -> Sequence[Member]:
+        """The members whose node the grid offers now, in client order; registered ones are all there."""
+        if self._registered is not None:
+            return Registered(self._registered, self.members)
         present = set(self._grid.get_node_ids())
         here = [member for node_id, member in self.members.items() if node_id in present]
         return sorted(here, key=lambda member: member.client)
@@ -216,11 +239,12 @@ class Roster:
             self._grid.dismiss(node_id, sentence)
 
     def _index_taken(self, new: Member) -> bool:
-        present = set(self._grid.get_node_ids())
-        return any(
-            other.client == new.client and other.node_id != new.node_id and other.node_id in present
+        others = {
+            other.node_id
             for other in self.members.values()
-        )
+            if other.client == new.client and other.node_id != new.node_id
+        }
+        return bool(others) and not others.isdisjoint(self._grid.get_node_ids())
 
 
 def _lacking(reply: Message) -> str | None:

@@ -104,6 +104,9 @@ class Outcome:
 class Selector(Protocol):
     """Says who takes part; made from the argument after its name.
 
+    One with an attribute ``needs_facts`` that is false goes by who there is, and not by what they told when
+    they joined: of ``view.members`` only number and network count, and clients join when they are chosen.
+
     One that learns keeps what it remembers in an attribute ``state``, a dataclass that
     ``fedkit.engine.strategy_state`` can save: it is in the checkpoint, and set again on resume.
     """

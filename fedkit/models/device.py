@@ -28,6 +28,14 @@ def repeatable() -> None:
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
 
 
+def seed_torch(seed: int) -> None:
+    """What ``torch.manual_seed`` does, without its stack traces for devices that are not there."""
+    if torch.cuda.is_available() or torch.backends.mps.is_available():
+        torch.manual_seed(seed)
+    else:
+        torch.default_generator.manual_seed(seed)
+
+
 def leave_to_others(device: torch.device) -> None:
     """Give back what this process holds of a GPU's memory and does not use now.
 

@@ -7,7 +7,7 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from multiprocessing.connection import Connection, wait
@@ -17,6 +17,7 @@ from typing import Any
 from flwr.app import Message, RecordDict
 
 from fedkit.engine.grid import EngineGrid
+from fedkit.engine.roster import Member
 from fedkit.errors import FedkitError
 from fedkit.flower import (
     decode_message,
@@ -55,7 +56,6 @@ class _Job:
 class _Shared:
     """A content that waits for clients; its file goes when the last of them has answered."""
 
-    content: RecordDict
     parts: dict[str, Any]
     description: bytes
     arrays: Bundle
@@ -74,6 +74,7 @@ class SimulationGrid(EngineGrid):
         *,
         batched: int = 1,
         warn: Callable[[str], None] = lambda sentence: None,
+        registered: Sequence[Member] | None = None,
     ) -> None:
         """Start the workers.
 
@@ -84,10 +85,12 @@ class SimulationGrid(EngineGrid):
             worked: called after each piece of work that is done, with its message type.
             batched: how many clients of one network a worker is given at a time, to train together.
             warn: told why a network can't be trained so, once.
+            registered: what is known of clients that join when they are first chosen; None: all join first.
         """
+        self.registered = registered
         self._first = equipment.first_node
         self._clients = range(len(equipment.nodes))
-        self._models = [str(node.get("model", "")) for node in equipment.nodes]
+        self._nodes = equipment.nodes
         self._batched, self._warn = batched, warn
         self._warned: set[tuple[str, str]] = set()
         self._shared = equipment.shared
@@ -199,12 +202,12 @@ class SimulationGrid(EngineGrid):
     def _share(self, content: RecordDict) -> _Shared:
         """The content where workers find it; what was sent last need not be written again."""
         parts = parts_of(content)
-        if self._last is not None and self._last.content is content and self._last.parts == parts:
+        if self._last is not None and self._last.parts == parts:
             return self._last
         if self._last is not None:
             self._let_go(self._last, last=True)
         description, *blobs = encode_content(content)
-        self._last = _Shared(content, parts, description, bundle(blobs, self._shared))
+        self._last = _Shared(parts, description, bundle(blobs, self._shared))
         return self._last
 
     def _let_go(self, shared: _Shared, *, last: bool = False) -> None:
@@ -226,7 +229,10 @@ class SimulationGrid(EngineGrid):
         return chosen
 
     def _kind(self, job: _Job) -> tuple[str, str]:
-        return self._models[job.client], job.sent.metadata.message_type
+        return self._model(job.client), job.sent.metadata.message_type
+
+    def _model(self, client: int) -> str:
+        return str(self._nodes[client].get("model", ""))
 
     def _give(self, worker: _Worker, number: int, jobs: list[_Job]) -> None:
         tasks = []
@@ -254,7 +260,7 @@ class SimulationGrid(EngineGrid):
             failed = FedkitError(f"{self._names(came.client)} failed: {came.failed}")
             failed.add_note(came.trace)  # shown with --debug
             raise failed
-        if came.apart and (refused := (self._models[came.client], came.apart)) not in self._warned:
+        if came.apart and (refused := (self._model(came.client), came.apart)) not in self._warned:
             self._warned.add(refused)
             self._warn(
                 f"{refused[0]} can't be batched, since {came.apart}: its clients train one after the other."

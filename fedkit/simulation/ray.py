@@ -28,7 +28,7 @@ from fedkit.engine.local import Result, runnable
 from fedkit.engine.local_clients import local_clients
 from fedkit.engine.membership import explain
 from fedkit.engine.nodes import Known
-from fedkit.engine.plan import Plan, named_here
+from fedkit.engine.plan import Plan, check_shards, named_here
 from fedkit.engine.saved import ABOUT, OWN_MODEL
 from fedkit.errors import FedkitError, UsageError
 from fedkit.flower import error_reply, is_failure
@@ -80,6 +80,7 @@ def simulate(
         )
     if workers.batched > 1:
         raise UsageError("--batched goes with fedkit's own workers: leave it out, or --engine ray.")
+    check_shards(plan)
     rundir = RunDirectory(Path(plan.server.run_dir or default_path(plan.federation.strategy)))
     rundir.write_config({**runnable(plan), **as_config(workers)})
     public_sets = (rundir.path / "public-sets").resolve()

@@ -12,14 +12,15 @@ from typing import TYPE_CHECKING
 
 from fedkit.devices.profiles import profiles
 from fedkit.durable import make_folder
+from fedkit.engine.by_rule import ByRule
 from fedkit.engine.events import Event, Listener
 from fedkit.engine.local import Result, runnable
-from fedkit.engine.local_clients import local_clients
+from fedkit.engine.local_clients import node_configs
 from fedkit.engine.plan import Plan
 from fedkit.engine.running import Run
 from fedkit.engine.saved import ABOUT, OWN_MODEL
 from fedkit.errors import UsageError
-from fedkit.registry import split
+from fedkit.registry import load, split
 from fedkit.rundir import RunDirectory, default_path
 from fedkit.settings import as_config
 from fedkit.simulation.settings import WorkerSettings, cores
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from flwr.serverapp import Grid
 
     from fedkit.engine.facts import ServerView
+    from fedkit.engine.roster import Member
     from fedkit.simulation.grid import SimulationGrid
 
 FIRST_NODE = 2
@@ -53,6 +55,7 @@ def simulate(
         FedkitError: a client's own code failed, a worker died, the disk is full, ...
         KeyboardInterrupt: it was asked to stop; the summary is written nevertheless.
     """
+    check_selector(plan)
     if workers.batched > 1:
         _check_batched(plan)
     rundir = RunDirectory(Path(plan.server.run_dir or default_path(plan.federation.strategy)))
@@ -111,8 +114,7 @@ class _SimulatedRun(Run):
         self._shared, self._states = shared, states
         self._directory = rundir.path
         # The server sends nothing here: its own data root is theirs.
-        public_sets = states / "public-sets"
-        self._nodes = [one.node_config(plan, public_sets) for one in local_clients(plan)]
+        self._nodes = node_configs(plan, states / "public-sets")
         self._grid: SimulationGrid | None = None
 
     def grid(self, view: ServerView) -> Grid:
@@ -134,11 +136,13 @@ class _SimulatedRun(Run):
             live=max(1, self._workers.live_clients // count),
             profiles=tuple(profiles(local.emulate)) if local.emulate else (),
         )
+        registered = ByRule(len(self._nodes), self._registered) if _share_shards(plan) else None
         self._grid = SimulationGrid(
             equipment,
             count,
             self._name,
             self._worked,
+            registered=registered,
             batched=min(self._workers.batched, equipment.live),
             warn=lambda sentence: self.emit(Event("warning", name=sentence)),
         )
@@ -159,10 +163,18 @@ class _SimulatedRun(Run):
         from fedkit.simulation.store import Store
 
         store = Store(self._states)
-        for client in range(len(self._nodes)):
+        for client in store.known():
             keep_model(
                 self._directory / "clients" / f"client-{client}" / self.engine, store.recall(client)
             )
+
+    def _registered(self, client: int) -> Member:
+        """What is known of a client that has not joined."""
+        from fedkit.engine.roster import Member
+
+        model = str(self._nodes[client]["model"])
+        name, device = f"client {client} ({model})", str(self._nodes[client]["device"])
+        return Member(FIRST_NODE + client, client, name, model, 0, 0, device, ())
 
     def _name(self, client: int) -> str:
         return f"Client {client} ({self._nodes[client]['model']})"
@@ -179,3 +191,20 @@ def keep_model(folder: Path, state: RecordDict) -> None:
     named = as_arrays(state.array_records[OWN_MODEL])
     about = read_about(json.loads(str(state.config_records[ABOUT]["json"])))
     save_model(folder / "model.safetensors", named, about)
+
+
+def _share_shards(plan: Plan) -> bool:
+    """Whether there are more clients than shards: they are registered, and join when they are chosen."""
+    assert plan.local is not None
+    return plan.local.clients > plan.federation.num_shards
+
+
+def check_selector(plan: Plan) -> None:
+    """Raise ``UsageError`` for a selector that must know every client, where they join when chosen."""
+    name, argument = split(plan.federation.select)
+    if _share_shards(plan) and getattr(load("selectors", name)(argument), "needs_facts", True):
+        raise UsageError(
+            f"--select {plan.federation.select} goes by what every client told when it joined, and with "
+            f"more --clients than --num-shards ({plan.federation.num_shards}) a client joins when it is "
+            "first chosen: take uniform:50, or as many shards as clients."
+        )

@@ -38,5 +38,9 @@ class Store:
         file = self._file(client)
         return decode_records(file.read_bytes()) if file.exists() else RecordDict()
 
+    def known(self) -> list[int]:
+        """The clients that have been at work, in order."""
+        return sorted(int(file.stem) for file in self._folder.glob("*.records"))
+
     def _file(self, client: int) -> Path:
         return self._folder / f"{client}.records"

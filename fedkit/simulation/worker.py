@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import traceback
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection
@@ -87,7 +87,7 @@ class Equipment:
 
     strategy: str
     run_config: dict[str, Value]
-    nodes: list[dict[str, Value]]
+    nodes: Sequence[dict[str, Value]]
     first_node: int
     shared: Path
     store: Path

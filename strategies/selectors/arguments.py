@@ -21,6 +21,17 @@ def share(name: str, argument: str | None) -> float:
     return number
 
 
+def share_or_count(name: str, argument: str | None) -> float:
+    """A share above 0, at most 1, or a whole number of clients above that."""
+    number = _number(argument)
+    if not (0 < number <= 1 or (1 < number < math.inf and number == int(number))):
+        raise UsageError(
+            f"{name} takes a share, as in {name}:0.1, or a number of clients, as in {name}:50, not "
+            f"{argument!r}."
+        )
+    return number
+
+
 def count(name: str, argument: str | None) -> int:
     """A whole number of clients, at least 1."""
     if argument is None or not argument.isdecimal() or not int(argument):

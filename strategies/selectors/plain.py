@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Mapping, Sequence
 
 from fedkit.engine.roster import Member
@@ -26,6 +27,8 @@ class BeforeTraining:
 class Everyone(BeforeTraining):
     """all: every client that is connected."""
 
+    needs_facts = False
+
     def __init__(self, argument: str | None) -> None:
         arguments.refuse("all", argument)
 
@@ -35,25 +38,30 @@ class Everyone(BeforeTraining):
 
 
 class Uniform(BeforeTraining):
-    """uniform:F: a share F of the clients, at least one, drawn without replacement (FedAvg's rule).
+    """uniform:F: a share F of the clients, uniform:K: K of them, drawn without replacement (FedAvg's rule).
 
-    max(floor(F N), 1) of the N that are connected (McMahan et al. 2017, algorithm 1). With F = 1 this is
-    ``all``.
+    max(floor(F N), 1) of the N that are connected (McMahan et al. 2017, algorithm 1), or K, a whole number
+    above 1; all, if there are fewer. With F = 1 this is ``all``.
     """
 
+    needs_facts = False
+
     def __init__(self, argument: str | None) -> None:
-        self._share = arguments.share("uniform", argument)
+        self._wanted = arguments.share_or_count("uniform", argument)
 
     def choose(self, view: View) -> Sequence[Member]:
         """Drawn by the round's generator."""
         members = view.members
-        size = max(int(self._share * len(members)), 1)
+        size = self._wanted if self._wanted > 1 else max(int(self._wanted * len(members)), 1)
+        size = min(int(size), len(members))
         chosen = view.generator.choice(len(members), size=size, replace=False)
         return [members[at] for at in chosen]
 
 
 class RoundRobin(BeforeTraining):
     """round-robin:K: the K clients whose turn was longest ago; new ones first, then by number."""
+
+    needs_facts = False
 
     def __init__(self, argument: str | None) -> None:
         self._count = arguments.count("round-robin", argument)
@@ -65,7 +73,7 @@ class RoundRobin(BeforeTraining):
             seen = view.seen.get(member.client, Seen())
             return max((*seen.rounds, *seen.missed, *seen.rejected), default=0), member.client
 
-        return sorted(view.members, key=turn)[: self._count]
+        return heapq.nsmallest(self._count, view.members, key=turn)
 
 
 class Tagged(BeforeTraining):

@@ -216,8 +216,12 @@ class SimulationGrid(EngineGrid):
 
     def _choose(self, number: int, waiting: deque[_Job]) -> list[_Job]:
         """Clients that this worker holds, or nobody; at the end anybody's, so that none is idle."""
-        held = [job for job in waiting if self._holder.get(job.client, number) == number]
-        free = held or [*waiting]
+        held = (job for job in waiting if self._holder.get(job.client, number) == number)
+        if self._batched == 1:
+            chosen = next(held, waiting[0])
+            waiting.remove(chosen)
+            return [chosen]
+        free = [*held] or [*waiting]
         # Those of one network that are asked for the same, and no more than leaves the others as many.
         share = min(self._batched, -(-len(waiting) // len(self._workers)))
         alike = {

@@ -25,13 +25,13 @@ class Store:
         Raises:
             OSError: the disk is full.
         """
-        unfinished = self._folder / f"{client}.unfinished"
-        with unfinished.open("wb", buffering=0) as file:
+        # A new file, not the old one anew or renamed over: ext4 would write that to the disk at once.
+        self._file(client).unlink(missing_ok=True)
+        with self._file(client).open("xb", buffering=0) as file:
             for part in encode_records(state):
                 view = memoryview(part)
                 while view:
                     view = view[file.write(view) :]
-        unfinished.replace(self._file(client))
 
     def recall(self, client: int) -> RecordDict:
         """A client's state; empty before its first instruction."""

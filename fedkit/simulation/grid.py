@@ -6,10 +6,11 @@ import multiprocessing
 import signal
 import sys
 import time
-from collections import deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
+from itertools import islice
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -161,21 +162,22 @@ class SimulationGrid(EngineGrid):
                 in the notes), or a worker process died.
         """
         instructions = iter(messages)
-        waiting: deque[_Job] = deque()
+        waiting: deque[list[_Job]] = deque()
         order: deque[str] = deque()
         done: dict[str, Message] = {}
         more, until = True, self.now
+        workers = len(self._workers)
+        # Who trains with whom hangs on what was asked and not on who is free, for rounding hangs on it.
+        block = 1 if self._batched == 1 else max(AHEAD, self._batched) * workers
         while True:
-            while more and len(waiting) < max(AHEAD, self._batched) * len(self._workers):
-                message = next(instructions, None)
-                if message is None:
-                    more = False
-                    break
-                waiting.append(self._job(message))
-                order.append(waiting[-1].key)
+            while more and sum(map(len, waiting)) < AHEAD * workers:
+                jobs = [self._job(message) for message in islice(instructions, block)]
+                more = len(jobs) == block
+                order.extend(job.key for job in jobs)
+                waiting.extend(self._together(jobs))
             for number, worker in enumerate(self._workers):
-                if not worker.at_work and waiting:
-                    self._give(worker, number, self._choose(number, waiting))
+                if not worker.at_work and (chosen := self._choose(number, waiting)):
+                    self._give(worker, number, chosen)
             while order and order[0] in done:
                 yield done.pop(order.popleft())
             if not order and not more:
@@ -214,26 +216,40 @@ class SimulationGrid(EngineGrid):
         if shared.users == 0 and (last or shared is not self._last):
             discard(shared.arrays)
 
-    def _choose(self, number: int, waiting: deque[_Job]) -> list[_Job]:
-        """Clients that this worker holds, or nobody; at the end anybody's, so that none is idle."""
-        held = (job for job in waiting if self._holder.get(job.client, number) == number)
-        if self._batched == 1:
-            chosen = next(held, waiting[0])
-            waiting.remove(chosen)
-            return [chosen]
-        free = [*held] or [*waiting]
-        # Those of one network that are asked for the same, and no more than leaves the others as many.
-        share = min(self._batched, -(-len(waiting) // len(self._workers)))
-        alike = {
-            job.client: job for job in reversed(free) if self._kind(job) == self._kind(free[0])
-        }
-        chosen = [*alike.values()][::-1][:share]
-        for job in chosen:
-            waiting.remove(job)
-        return chosen
+    def _together(self, jobs: Sequence[_Job]) -> list[list[_Job]]:
+        """Those of one network that are asked for the same, each once, and as many for each worker.
 
-    def _kind(self, job: _Job) -> tuple[str, str]:
-        return self._model(job.client), job.sent.metadata.message_type
+        By their numbers, so that whom a worker holds is asked together the next time, too.
+        """
+        workers, times = len(self._workers), Counter[int]()
+        alike: defaultdict[tuple[object, ...], list[_Job]] = defaultdict(list)
+        for job in jobs:
+            kind = self._model(job.client), job.sent.metadata.message_type
+            alike[*kind, job.client % workers, times[job.client]].append(job)
+            times[job.client] += 1
+        most = min(self._batched, -(-len(jobs) // workers))
+        groups = []
+        for group in alike.values():
+            size = -(-len(group) // -(-len(group) // most))
+            groups += [group[at : at + size] for at in range(0, len(group), size)]
+        return groups
+
+    def _choose(self, number: int, waiting: deque[list[_Job]]) -> list[_Job]:
+        """Clients that this worker holds, or nobody; at the end anybody's, so that none is idle.
+
+        Nobody, if all are at work: who is asked twice does one after the other.
+        """
+        free, taken = [], {client for worker in self._workers for client in worker.at_work}
+        for group in waiting:
+            clients = {job.client for job in group}
+            if taken.isdisjoint(clients):
+                free.append(group)
+            taken |= clients
+        held = (group for group in free if self._holder.get(group[0].client, number) == number)
+        chosen = next(held, free[0] if free else [])
+        if chosen:
+            waiting.remove(chosen)
+        return chosen
 
     def _model(self, client: int) -> str:
         return str(self._nodes[client].get("model", ""))

@@ -1,5 +1,6 @@
 """Clients whose networks train as one: each gets what it would have got alone; who can't, is told why."""
 
+import warnings
 from dataclasses import replace
 from functools import partial
 
@@ -188,10 +189,27 @@ def test_why_a_network_can_t_be_batched_is_told_and_nothing_is_changed(network, 
     assert all(one.equal(was) for one, was in zip(after, before, strict=True))
 
 
-def test_augmented_samples_can_t():
+def test_augmented_samples_can_t_though_the_same_network_on_others_can():
     call = asked(0, double("logistic", 0))
     augmented = replace(call, samples=replace(call.samples, augment=lambda inputs: inputs))
     assert "augmented" in examine(augmented).why_not
+    assert structure(augmented) != structure(call)
+
+
+class Complaining(nn.Linear):
+    """Warns as libraries do, or raises what no layer of torch's does."""
+
+    def forward(self, inputs):
+        warnings.warn("soon to go", FutureWarning, stacklevel=2)
+        if self.bias is None:
+            raise ValueError
+        return super().forward(inputs.flatten(1))
+
+
+@pytest.mark.parametrize(("bias", "why"), [(True, ""), (False, "ValueError")])
+@pytest.mark.filterwarnings("ignore:soon to go")
+def test_whatever_a_network_s_own_code_does_there_is_a_verdict(bias, why):
+    assert examine(asked(0, Complaining(64, CLASSES, bias=bias))).why_not == why
 
 
 def test_unlike_networks_are_not_trained_as_one():

@@ -55,7 +55,8 @@ def structure(steps: Steps) -> Hashable:
     )
     targets = tuple((target.dtype, target.shape[1:]) for target in steps.targets)
     normalised = samples.mean.cpu().numpy().tobytes(), samples.std.cpu().numpy().tobytes()
-    return layers, tensors, targets, samples.data.dtype, samples.shape, normalised
+    augmented = samples.augment is not None
+    return layers, tensors, targets, samples.data.dtype, samples.shape, normalised, augmented
 
 
 def hooked(model: nn.Module) -> bool:
@@ -82,12 +83,12 @@ def examine(steps: Steps) -> Verdict:
     try:
         with torch.no_grad(), warnings.catch_warnings():
             # torch warns of an operation that it would take apart into one for each model.
-            warnings.simplefilter("error")
+            warnings.simplefilter("error", UserWarning)
             beside_another, beside_itself = _two_samples(steps)[:, 0]
-    except (RuntimeError, NotImplementedError, TypeError, UserWarning) as error:
+    except Exception as error:  # whatever a network's own code raises, or warns of
         if "random operation" in str(error):
             return Verdict("it draws random numbers in training (dropout)")
-        return Verdict(str(error).partition("\n")[0].rstrip("."))
+        return Verdict(str(error).partition("\n")[0].rstrip(".") or type(error).__name__)
     normalises = any(isinstance(layer, _BatchNorm) for layer in steps.model.modules())
     return Verdict("", normalises or not torch.allclose(beside_another, beside_itself))
 

@@ -72,7 +72,7 @@ class Progress:
             self._status = None
 
     def _round_line(self) -> str:
-        row = self._history.rounds()[-1]
+        row = self._history.last_round()
         accuracies = "".join(
             f"  {name} {row[f'mean_{name}_accuracy']:.3f}"
             for name in ("personal", "global")

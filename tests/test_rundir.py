@@ -65,6 +65,7 @@ def test_a_rewind_forgets_that_round_and_those_after_it():
     assert history.digest() == plain.digest()
     assert history.rounds() == plain.rounds()
     assert [row["round"] for row in history.rounds()] == [1, 2]
+    assert history.last_round() == history.rounds()[-1]
 
 
 def test_a_rewind_to_what_is_yet_to_come_forgets_nothing():

@@ -98,7 +98,7 @@ class EventLog:
         self._history.take(event)
         if event.event == "round":
             if event.name == "seconds":
-                row = self._history.rounds()[-1]
+                row = self._history.last_round()
                 self._write(logging.INFO, f"round {row['round']}/{self._rounds}", event, row)
             return
         level = logging.DEBUG if event.event in DETAILS else logging.INFO

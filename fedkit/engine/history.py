@@ -40,11 +40,11 @@ class History:
         self._metrics: dict[int, dict[int | None, dict[str, float]]] = defaultdict(
             lambda: defaultdict(dict)
         )
-        self._bytes: dict[str, dict[tuple[int, int | None], int]] = {
-            "bytes_up": defaultdict(int),
-            "bytes_down": defaultdict(int),
+        # By round: what a round costs does not hang on how many there were.
+        self._bytes: dict[str, dict[int, dict[int | None, int]]] = {
+            name: defaultdict(lambda: defaultdict(int)) for name in ("bytes_up", "bytes_down")
         }
-        self._slowest: dict[tuple[int, str], float] = defaultdict(float)
+        self._slowest: dict[int, dict[str, float]] = defaultdict(lambda: defaultdict(float))
         self._cpu: dict[int | None, float] = defaultdict(float)
         self._seconds: dict[str, dict[int, float]] = defaultdict(dict)
         self._lines: dict[tuple[int, str], list[bytes]] = defaultdict(list)
@@ -68,12 +68,12 @@ class History:
         if event.event == "metric":
             self._metrics[round][client][name] = math.nan if value is None else float(value)
         elif event.event == "bytes" and event.exchange not in APART:
-            self._bytes[name][round, client] += event.value
+            self._bytes[name][round][client] += event.value
         elif event.event == "timing" and name == "cpu-seconds":
             self._cpu[client] = max(self._cpu[client], event.value)
         elif event.event == "timing" and name == "seconds" and event.exchange not in APART:
-            at = round, event.exchange or ""
-            self._slowest[at] = max(self._slowest[at], event.value)
+            slowest, exchange = self._slowest[round], event.exchange or ""
+            slowest[exchange] = max(slowest[exchange], event.value)
         elif event.event == "width" and client is not None:
             self._widths[client] = float(event.value)
         elif event.event == "round":
@@ -81,22 +81,23 @@ class History:
 
     def rounds(self) -> list[dict[str, Any]]:
         """One row for each round that has ended."""
-        rows = []
-        for round, seconds in sorted(self._seconds["seconds"].items()):
-            slowest = sum(time for (at, _), time in self._slowest.items() if at == round)
-            rows.append(
-                {
-                    "round": round,
-                    "seconds": seconds,
-                    "seconds_slowest_client": slowest,
-                    "seconds_server": self._seconds["seconds_server"].get(round),
-                    "bytes_up": self._total("bytes_up", round),
-                    "bytes_down": self._total("bytes_down", round),
-                    "mean_personal_accuracy": _mean(self._of_clients(round, PERSONAL).values()),
-                    "mean_global_accuracy": _mean(self._of_clients(round, GLOBAL).values()),
-                }
-            )
-        return rows
+        return [self._row(round) for round in sorted(self._seconds["seconds"])]
+
+    def last_round(self) -> dict[str, Any]:
+        """The row of the last round that has ended; there must be one."""
+        return self._row(max(self._seconds["seconds"]))
+
+    def _row(self, round: int) -> dict[str, Any]:
+        return {
+            "round": round,
+            "seconds": self._seconds["seconds"][round],
+            "seconds_slowest_client": sum(self._slowest.get(round, {}).values()),
+            "seconds_server": self._seconds["seconds_server"].get(round),
+            "bytes_up": sum(self._bytes["bytes_up"].get(round, {}).values()),
+            "bytes_down": sum(self._bytes["bytes_down"].get(round, {}).values()),
+            "mean_personal_accuracy": _mean(self._of_clients(round, PERSONAL).values()),
+            "mean_global_accuracy": _mean(self._of_clients(round, GLOBAL).values()),
+        }
 
     def digest(self, until: int | None = None) -> str:
         """SHA-256 (hex) of all measurements and bytes, times left out, in a fixed order.
@@ -115,14 +116,13 @@ class History:
 
     def _forget(self, round: int) -> None:
         """That round, and what came after it, will be run again."""
-        by_rounds: list[dict[int, Any]] = [self._metrics, *self._seconds.values()]
+        by_rounds: list[dict[int, Any]] = [self._metrics, self._slowest]
+        by_rounds += [*self._seconds.values(), *self._bytes.values()]
         for by_round in by_rounds:
             for at in [at for at in by_round if at >= round]:
                 del by_round[at]
-        by_pairs: list[dict[Any, Any]] = [self._slowest, self._lines, *self._bytes.values()]
-        for by_pair in by_pairs:
-            for pair in [pair for pair in by_pair if pair[0] >= round]:
-                del by_pair[pair]
+        for pair in [pair for pair in self._lines if pair[0] >= round]:
+            del self._lines[pair]
 
     def summary(
         self,
@@ -232,14 +232,12 @@ class History:
                     break
         return found
 
-    def _total(self, name: str, round: int) -> int:
-        return sum(size for (at, _), size in self._bytes[name].items() if at == round)
 
-
-def _by_client(sizes: Mapping[tuple[int, int | None], int]) -> dict[int | None, int]:
+def _by_client(sizes: Mapping[int, Mapping[int | None, int]]) -> dict[int | None, int]:
     totals: dict[int | None, int] = defaultdict(int)
-    for (_, client), size in sizes.items():
-        totals[client] += size
+    for of_round in sizes.values():
+        for client, size in of_round.items():
+            totals[client] += size
     return totals
 
 

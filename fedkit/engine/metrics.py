@@ -186,7 +186,7 @@ class Metrics:
             self._server = None
 
     def _tell_accuracy(self) -> None:
-        row = self._round_history.rounds()[-1]
+        row = self._round_history.last_round()
         for mean in ("personal", "global"):
             accuracy = row[f"mean_{mean}_accuracy"]
             if accuracy is not None:

@@ -152,6 +152,7 @@ class Roster:
 
     def _take_answers(self) -> None:
         if self._asked:
+            holders = {member.client: node_id for node_id, member in self.members.items()}
             for reply in self._grid.pull_messages(list(self._asked)):
                 asked = self._asked.pop(reply.metadata.reply_to_message_id)
                 lacking = _lacking(reply)
@@ -160,7 +161,7 @@ class Roster:
                 elif lacking is not None:
                     sentence = f"It was sent the public set and still lacks it: {lacking}"
                     self._refuse(asked.node_id, sentence)
-                elif self._take(asked.node_id, reply):
+                elif self._take(asked.node_id, reply, holders):
                     self._processes[asked.node_id] = asked.process
 
     def _ask(
@@ -188,8 +189,8 @@ class Roster:
         here = [member for node_id, member in self.members.items() if node_id in present]
         return sorted(here, key=lambda member: member.client)
 
-    def _take(self, node_id: int, reply: Message) -> bool:
-        """Whether that client is a member now."""
+    def _take(self, node_id: int, reply: Message, holders: dict[int, int]) -> bool:
+        """Whether that client is a member now; ``holders`` are the members' nodes by client."""
         if not reply.has_content():
             self._turned_away.add(node_id)
             text = f"a client could not join: {reply.error.reason}"
@@ -201,19 +202,20 @@ class Roster:
             self._refuse(node_id, f"What it says of itself can't be read: {error}.")
             return False
         sentence = self._check(node_id, reply.content.config_records["join"])
-        if sentence is None and self._index_taken(member):
+        holder = holders.get(member.client, node_id)
+        if sentence is None and holder != node_id and holder in set(self._grid.get_node_ids()):
             sentence = f"Client {member.client} is in this federation already."
+        if self.members.get(node_id) == member and sentence is None:
+            return True
+        before = self.members.pop(node_id, None)
+        if before is not None:
+            del holders[before.client]
         if sentence is not None:
-            self.members.pop(node_id, None)
             self._refuse(node_id, sentence)
             return False
-        if self.members.get(node_id) == member:
-            return True
         # A device that lost its state comes back as another node with the same index.
-        gone = [n for n, other in self.members.items() if other.client == member.client]
-        for old in gone:
-            del self.members[old]
-        self.members[node_id] = member
+        self.members.pop(holder, None)
+        self.members[node_id], holders[member.client] = member, node_id
         text = f"{member.model} ({member.parameters:,} parameters) on {member.device}"
         if member.fit:
             text += f", which takes {member.fit}"
@@ -237,14 +239,6 @@ class Roster:
         self._emit(Event("warning", name=f"a client was refused: {sentence}"))
         if isinstance(self._grid, CanDismiss):
             self._grid.dismiss(node_id, sentence)
-
-    def _index_taken(self, new: Member) -> bool:
-        others = {
-            other.node_id
-            for other in self.members.values()
-            if other.client == new.client and other.node_id != new.node_id
-        }
-        return bool(others) and not others.isdisjoint(self._grid.get_node_ids())
 
 
 def _lacking(reply: Message) -> str | None:

@@ -25,6 +25,7 @@ from torch import Tensor
 from clients import memory
 from clients.edge import Edge, Work, edge_of
 from fedkit.knowledge import codecs
+from fedkit.models.device import random_states, set_random_states
 from fedkit.models.measure import measure
 
 PROBE, FINISH = "train.probe", "train.finish"
@@ -211,7 +212,10 @@ def _leave(edge: Edge, context: Context, place: Place, loss: float) -> None:
     context.state[PLACE] = ArrayRecord(
         {
             "order": Array(place.order.get_state().numpy()),
-            **{name: Array(state.cpu().numpy()) for name, state in _random(edge.device).items()},
+            **{
+                name: Array(state.cpu().numpy())
+                for name, state in random_states(edge.device).items()
+            },
         }
     )
     context.state[SUMS] = ArrayRecord(
@@ -235,28 +239,10 @@ def _take_up(edge: Edge, context: Context, place: Place) -> float:
     _recall(context, edge, place.slot)
     memory.recall_optimiser(context, MOMENTS, place.optimiser)
     place.order.set_state(torch.from_numpy(where["order"].numpy()))
-    _set_random(edge.device, {name: torch.from_numpy(a.numpy()) for name, a in where.items()})
+    set_random_states(edge.device, {name: torch.from_numpy(a.numpy()) for name, a in where.items()})
     for name, array in context.state.array_records[SUMS].items():
         place.sums[name].copy_(torch.from_numpy(array.numpy()))
     return cast(float, begun["loss"])
-
-
-def _random(device: torch.device) -> dict[str, Tensor]:
-    """The states of torch's own generators (uint8), which dropout and augmentation draw from."""
-    states = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state(device)
-    elif device.type == "mps":
-        states["mps"] = torch.mps.get_rng_state()
-    return states
-
-
-def _set_random(device: torch.device, states: dict[str, Tensor]) -> None:
-    torch.set_rng_state(states["cpu"])
-    if "cuda" in states and device.type == "cuda":
-        torch.cuda.set_rng_state(states["cuda"], device)
-    elif "mps" in states and device.type == "mps":
-        torch.mps.set_rng_state(states["mps"])
 
 
 def _measured(edge: Edge, model: torch.nn.Module) -> float:

@@ -11,9 +11,8 @@ from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Generic, TypeVar
 
-import torch
-
 from fedkit.models.batched import Failed, Verdict, examine, hooked, structure, train_batched
+from fedkit.models.device import random_states, set_random_states
 from fedkit.models.training import TAKEN_BY, Steps, one_by_one
 
 T = TypeVar("T")
@@ -135,11 +134,12 @@ class _Client(Generic[T]):
 
     def _ask(self, steps: Steps) -> float:
         self.asks, self.loss = steps, None
-        # torch's own generator is the process's: whoever works meanwhile draws from it, too.
-        random = torch.get_rng_state()
+        # torch's own generators are the process's: whoever works meanwhile draws from them, too.
+        device = steps.samples.data.device
+        random = random_states(device)
         self._rests.release()
         self._may.acquire()
-        torch.set_rng_state(random)
+        set_random_states(device, random)
         if self.error is not None:
             raise self.error
         return one_by_one(steps) if self.loss is None else self.loss

@@ -13,6 +13,7 @@ from fedkit.data.samples import Samples
 from fedkit.flower import decode_message, encode_message, set_message_id
 from fedkit.models.batched import Failed, examine, structure, train_batched
 from fedkit.models.build import build_model
+from fedkit.models.exit_loss import joint_loss
 from fedkit.models.losses import cross_entropy
 from fedkit.models.training import (
     Pull,
@@ -137,6 +138,27 @@ def test_each_has_its_own_rate_schedule_bound_pull_and_targets():
         [call.optimiser.param_groups[0]["lr"] for call in calls] for calls in (together, alone)
     ]
     assert rates[0] == rates[1]
+
+
+@pytest.mark.parametrize("spec", ["exits:cnn", "exits:heterofl-cnn:0.1"])
+def test_every_exit_learns_from_every_sample_of_a_batch_that_is_smaller_than_there_are_exits(spec):
+    """Batches of 8, and a last one of 2 or 3, of networks with 3 and 4 exits; padded where none sees it."""
+
+    def calls():
+        made = []
+        for at, count in enumerate((10, 10, 11)):
+            call, samples = asked(at, double(spec, at)), samples_of(count, at)
+            order = list(one_epoch(count, 8, torch_generator(6, "order", at)))
+            change = {"samples": samples, "targets": (samples.labels,), "batches": order}
+            made.append(replace(call, loss=joint_loss(), **change))
+        return made
+
+    together, alone = calls(), calls()
+    mixes = examine(together[0]).mixes
+    assert mixes == ("heterofl" in spec)
+    losses = train_batched(together, mixes=mixes)
+    assert losses == pytest.approx([one_by_one(call) for call in alone], rel=1e-6)
+    assert_same(together, alone)
 
 
 def test_frozen_parameters_stay():

@@ -84,7 +84,7 @@ def examine(steps: Steps) -> Verdict:
         with torch.no_grad(), warnings.catch_warnings():
             # torch warns of an operation that it would take apart into one for each model.
             warnings.simplefilter("error", UserWarning)
-            beside_another, beside_itself = _two_samples(steps)[:, 0]
+            beside_another, beside_itself = _two_samples(steps)[..., 0, :]
     except Exception as error:  # whatever a network's own code raises, or warns of
         if "random operation" in str(error):
             return Verdict("it draws random numbers in training (dropout)")
@@ -222,7 +222,8 @@ class _Stack:
             losses = []
             for row, (self.at, size) in enumerate(zip(some, sizes, strict=True)):
                 wanted = (target[row, :size] for target in targets)
-                losses.append(self._calls[self.at].loss(logits[row, :size], *wanted))
+                # Of a network with several exits it is exits x samples x classes.
+                losses.append(self._calls[self.at].loss(logits[row][..., :size, :], *wanted))
             return torch.stack(losses)
         (labels,) = targets
         counts = self._on_device(sizes)

@@ -155,7 +155,7 @@ class DepthFL(FedAvg):
         members = self.members(grid)
         if server_round == 1:
             self._tell_untrained(arrays, members)
-        sent = {_size(member): self._part(arrays, member) for member in members}
+        sent = self._parts(arrays, members)
         self._returns = {size: self.travelling.up(part) for size, part in sent.items()}
         return self.instruct(
             members,
@@ -189,7 +189,7 @@ class DepthFL(FedAvg):
     ) -> Iterable[Message]:
         """Ask every member to measure the part of the global network that it holds, by its last exit."""
         members = self.members(grid)
-        parts = {_size(member): self._part(arrays, member) for member in members}
+        parts = self._parts(arrays, members)
         return self.instruct(
             members,
             "evaluate",
@@ -215,10 +215,16 @@ class DepthFL(FedAvg):
             )
             self.emit(Event("warning", 1, "train", None, text))
 
-    def _part(self, arrays: ArrayRecord, member: Member) -> ArrayRecord:
-        """What travels of w to a member, with the statistics of its width."""
-        sent = self._held(self.travelling.down(arrays), *_size(member))
-        return self._norm.told(sent, _width(member))
+    def _parts(
+        self, arrays: ArrayRecord, members: Iterable[Member]
+    ) -> dict[tuple[int | None, float], ArrayRecord]:
+        """What travels of w to members of each size, with the statistics of its width."""
+        down = self.travelling.down(arrays)
+        sizes = dict.fromkeys(map(_size, members))
+        return {
+            (depth, width): self._norm.told(self._held(down, depth, width), width)
+            for depth, width in sizes
+        }
 
     def _held(self, arrays: ArrayRecord, depth: int | None, width: float) -> ArrayRecord:
         """The tensors of the first stages (None: of all), and of these the channels of a width."""

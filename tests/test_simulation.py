@@ -26,7 +26,7 @@ from fedkit.settings import as_config
 from fedkit.simulation import rendezvous
 from fedkit.simulation.grid import SimulationGrid
 from fedkit.simulation.progress import SimulationBar
-from fedkit.simulation.sharing import SMALL, bundle, discard, unbundle
+from fedkit.simulation.sharing import SMALL, bundle, discard, shared_folder, unbundle
 from fedkit.simulation.store import Store
 from fedkit.simulation.worker import Equipment
 
@@ -294,6 +294,20 @@ def test_arrays_come_out_of_a_bundle_as_they_went_in(tmp_path_factory, sizes, se
     assert bool(one.file) == (sum(sizes) > SMALL)
     discard(one)
     assert not list(folder.iterdir())
+
+
+def test_what_a_killed_process_shared_is_removed_by_the_next_and_what_is_in_use_is_not(tmp_path):
+    code = (
+        "import os, pathlib, sys; from fedkit.simulation.sharing import shared_folder\n"
+        "with shared_folder(pathlib.Path(sys.argv[1])) as folder:\n"
+        "    (folder / 'bundle').write_bytes(b'arrays'); os.kill(os.getpid(), 9)"
+    )
+    subprocess.run([sys.executable, "-P", "-c", code, tmp_path], check=False)
+    (left,) = tmp_path.iterdir()
+    assert (left / "bundle").exists()
+    with shared_folder(tmp_path) as first, shared_folder(tmp_path) as second:
+        assert sorted(tmp_path.iterdir()) == sorted([first, second])
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_state_is_recalled_as_it_was_kept(tmp_path):

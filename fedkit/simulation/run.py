@@ -86,12 +86,12 @@ def _places(directory: Path) -> Iterator[tuple[Path, Path]]:
     """Where arrays are shared, and where clients' states lie meanwhile."""
     from fedkit.simulation.sharing import shared_folder
 
-    shared, states = shared_folder(), Path(mkdtemp(prefix="states-", dir=directory))
-    try:
-        yield shared, states
-    finally:
-        shutil.rmtree(shared, ignore_errors=True)
-        shutil.rmtree(states, ignore_errors=True)
+    with shared_folder() as shared:
+        states = Path(mkdtemp(prefix="states-", dir=directory))
+        try:
+            yield shared, states
+        finally:
+            shutil.rmtree(states, ignore_errors=True)
 
 
 class _SimulatedRun(Run):

@@ -6,15 +6,19 @@ into the arrays that somebody keeps.
 
 from __future__ import annotations
 
+import fcntl
 import mmap
 import os
+import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 # Where files are memory on Linux; elsewhere the system's cache of a temporary folder does.
 MEMORY = Path("/dev/shm")
+PREFIX = "fedkit-"
 # Below this a pipe is as fast as a file.
 SMALL = 32_768
 
@@ -33,10 +37,34 @@ class Bundle(NamedTuple):
     carried: tuple[bytes, ...]
 
 
-def shared_folder() -> Path:
-    """A new folder for bundles, in memory where the machine has such."""
-    place = MEMORY if os.access(MEMORY, os.W_OK) else None
-    return Path(tempfile.mkdtemp(prefix="fedkit-", dir=place))
+@contextmanager
+def shared_folder(place: Path | None = None) -> Iterator[Path]:
+    """A new folder for bundles, in memory where the machine has such, which goes at the end.
+
+    A process that is killed leaves its own behind, in memory as well: the next one removes that.
+    """
+    if place is None:
+        place = MEMORY if os.access(MEMORY, os.W_OK) else Path(tempfile.gettempdir())
+    _remove_left_behind(place)
+    # Under its own name only once it is locked: an unlocked one is nobody's any more.
+    made = Path(tempfile.mkdtemp(prefix=f"new-{PREFIX}", dir=place))
+    with (made / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        folder = made.rename(made.with_name(made.name.removeprefix("new-")))
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _remove_left_behind(place: Path) -> None:
+    for folder in place.glob(f"{PREFIX}*"):
+        try:
+            with (folder / "lock").open() as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder, ignore_errors=True)
+        except OSError:  # it is in use, or somebody else's
+            continue
 
 
 def bundle(blobs: Sequence[bytes], folder: Path) -> Bundle:

@@ -347,6 +347,17 @@ def test_a_shard_is_a_node_s_own_word_or_the_next_free_one():
         assert "There is no shard" in shards.take(nonsense, 9, [])
 
 
+def test_shards_whose_holders_are_all_gone_go_to_one_node_each():
+    """A run that goes on where every SuperNode was started anew, and none names a shard."""
+    shards = Shards(2, {0: 4, 1: 5})
+    assert [shards.offer(node, [8, 9]) for node in (8, 9, 8)] == [0, 1, 0]
+    # Whoever held one before comes back to it.
+    assert shards.offer(5, [5, 8, 9]) == 1
+    assert shards.take(1, 5, [5, 8, 9]) is None
+    assert shards.take(0, 8, [5, 8, 9]) is None
+    assert shards.offer(9, [5, 8, 9]) == NO_SHARD
+
+
 def test_every_setting_may_stand_in_a_run_config():
     """And nothing else: Flower takes no key that the app does not declare."""
     declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["flwr"]["app"]

@@ -2,6 +2,7 @@
 
 import json
 import re
+import threading
 import tomllib
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, 
 from inprocess import InProcessFederation, InProcessGrid
 
 from fedkit.engine.driver import Driver
+from fedkit.engine.state import StateDirectory
 from fedkit.errors import FedkitError, UsageError
 from fedkit.flower import (
     check_arrays,
@@ -137,6 +139,43 @@ def test_a_node_with_a_folder_and_no_shard_keeps_the_one_that_it_had(tmp_path):
     for offered in (2, 0):
         reply = asked(context, Told("abc", "k", offered, settings), offer)
         assert reply.content["join"]["client"] == 2
+
+
+def test_a_node_waits_until_its_process_before_is_done_with_the_folder(tmp_path):
+    """As where a run was stopped while the node still trained: the next run's question comes early."""
+    federation = InProcessFederation(**FEDAVG)
+    context = new_context(4, {"state-dir": str(tmp_path), "device": "cpu"})
+    told = Told("abc", "k", 1, as_config(federation.plan.federation))
+    before = StateDirectory(tmp_path)
+    threading.Timer(0.3, before.close).start()
+    reply = asked(context, told, federation.view.offer(False))
+    assert reply.content["join"]["client"] == 1
+    # Where it takes too long nobody waits for the answer any more.
+    busy = StateDirectory(tmp_path)
+    message = message_with(settings=json.dumps(told.settings))
+    message.metadata.ttl = 0.01
+    reply = NodeApp()(message, context)
+    busy.close()
+    assert "Another client uses the state directory" in reply.error.reason
+
+
+def test_who_was_barred_by_a_node_that_is_gone_is_asked_again(monkeypatch):
+    """A SuperLink takes a node that was killed for there for a minute, and its shard for taken."""
+    federation = InProcessFederation(**FEDAVG)
+    flowers = FlowersOwn(nodes(federation))
+    driver = driven(federation, flowers, monkeypatch)
+    driver.roster.admit()
+    while len(driver.roster.members) < 2:
+        driver.roster.admit()
+    app, context = flowers.apps[6]
+    flowers.apps[9] = app, new_context(9, dict(context.node_config))
+    for _ in range(3):
+        driver.roster.admit()
+    assert sorted(driver.roster.members) == [6, 7]
+    del flowers.apps[6]
+    for _ in range(3):
+        driver.roster.admit()
+    assert sorted(driver.roster.members) == [7, 9]
 
 
 def asked(context, told, offer=None):

@@ -427,6 +427,8 @@ def test_settings_of_a_run_config_win_over_options_and_these_over_the_file(tmp_p
     assert given(dict.fromkeys(keys(), "")) == ({}, None)
     with pytest.raises(UsageError, match="key=value"):
         given({"option": "seed"})
+    with pytest.raises(UsageError, match="No closing quotation"):
+        given({"option": "note='two words"})
     with pytest.raises(UsageError, match="no settings file"):
         given({"config": str(tmp_path / "none.toml")})
 

@@ -218,9 +218,9 @@ class SimulationGrid(EngineGrid):
         """Clients that this worker holds, or nobody; at the end anybody's, so that none is idle."""
         held = (job for job in waiting if self._holder.get(job.client, number) == number)
         if self._batched == 1:
-            chosen = next(held, waiting[0])
-            waiting.remove(chosen)
-            return [chosen]
+            one = next(held, waiting[0])
+            waiting.remove(one)
+            return [one]
         free = [*held] or [*waiting]
         # Those of one network that are asked for the same, and no more than leaves the others as many.
         share = min(self._batched, -(-len(waiting) // len(self._workers)))

@@ -42,6 +42,7 @@ def run_on_the_link(app: Path, run_config: str, folder: Path, clients: int = 2) 
     return done.stdout
 
 
+@pytest.mark.slow
 def test_one_command_runs_it_and_its_files_are_where_it_puts_them(tmp_path):
     printed = run_on_the_link(QUICKSTART, "num-server-rounds=1", tmp_path)
     # What the strategy logs, what the app prints, and what travelled.

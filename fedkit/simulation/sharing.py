@@ -10,6 +10,7 @@ import mmap
 import os
 import tempfile
 from collections.abc import Sequence
+from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +18,8 @@ from typing import NamedTuple
 MEMORY = Path("/dev/shm")
 # Below this a pipe is as fast as a file.
 SMALL = 32_768
+# Of the bundles that this process has written.
+_NUMBERS = count()
 
 
 class Bundle(NamedTuple):
@@ -48,14 +51,16 @@ def bundle(blobs: Sequence[bytes], folder: Path) -> Bundle:
     sizes = tuple(map(len, blobs))
     if sum(sizes) <= SMALL:
         return Bundle("", sizes, tuple(blobs))
-    descriptor, name = tempfile.mkstemp(dir=folder)
+    name = f"{folder}/{os.getpid()}-{next(_NUMBERS)}"
+    descriptor = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     try:
-        with os.fdopen(descriptor, "wb", buffering=0) as file:
-            for blob in blobs:
-                _write(file.fileno(), blob)
+        for blob in blobs:
+            _write(descriptor, blob)
     except OSError:
         Path(name).unlink(missing_ok=True)
         raise
+    finally:
+        os.close(descriptor)
     return Bundle(name, sizes, ())
 
 

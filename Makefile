@@ -11,7 +11,7 @@ demo: $(VENV)/installed
 	$(BIN)/fedkit run --strategy ktpfl --clients 4 --rounds 10
 
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 check: $(VENV)/installed-dev
 	$(BIN)/ruff check .
@@ -22,7 +22,7 @@ check: $(VENV)/installed-dev
 faults: $(VENV)/installed-dev
 	$(BIN)/python -m tests.faults.trials --trials 50 --seed 1
 
-# Every strategy in processes of its own, learning over many rounds, training clients on crowded cores: ten minutes.
+# Every strategy in processes of its own, learning over many rounds, training clients on crowded cores: half an hour.
 slow: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -m slow
 

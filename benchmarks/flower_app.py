@@ -19,8 +19,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from flower_apps import APPS
-from flower_engine import flower_engine
 from processes import fedkit
+from superlink import superlink
 
 HOURS = 7200
 
@@ -41,8 +41,9 @@ def main() -> None:
         report(
             "fedkit", lambda: fedkit(*words, folder=folder, timeout=HOURS).stdout, options.rounds
         )
-        with flower_engine(folder / "engine", options.clients) as engine:
-            report("flower", lambda: engine.run(app, config), options.rounds)
+        with superlink(folder / "engine") as link:
+            link.nodes(options.clients)
+            report("flower", lambda: link.run_to_the_end(app, config), options.rounds)
 
 
 def report(name: str, run: Callable[[], str], rounds: int) -> None:

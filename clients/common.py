@@ -18,7 +18,6 @@ from fedkit.data.samples import Samples
 from fedkit.knowledge.arrays import as_state_dict
 from fedkit.models.build import parameter_count, restored
 from fedkit.models.device import leave_to_others, seed_torch
-from fedkit.models.files import about_of
 from fedkit.models.measure import measure
 from fedkit.registry import names
 from fedkit.seeds import derive
@@ -154,7 +153,7 @@ def global_model(edge: Edge, arrays: ArrayRecord, spec: str) -> torch.nn.Module:
 def keep(edge: Edge, context: Context, slot: str) -> None:
     """Put the model in ``slot`` into the state that survives."""
     edge.keep(context, slot)
-    memory.keep_about(context, about_of(edge.data, edge.architecture(OWN), client=edge.client))
+    memory.keep_about(context, edge.about(edge.architecture(OWN)))
 
 
 def _measures(

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field
+import json
+from dataclasses import asdict, dataclass, field
 from enum import Enum
 
 import numpy as np
 import torch
-from flwr.app import Context
+from flwr.app import ConfigRecord, Context
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -21,6 +22,7 @@ from fedkit.errors import UsageError
 from fedkit.models.budget import check_budget
 from fedkit.models.build import build_model, restored
 from fedkit.models.device import pick_device, repeatable
+from fedkit.models.files import about_of
 from fedkit.models.measure import batch_on
 from fedkit.models.trial import try_one_batch
 from fedkit.registry import split
@@ -76,10 +78,18 @@ class Edge:
     fit: str = ""
     depth: int | None = None
     parts: dict[str, str] = field(default_factory=dict)
+    _abouts: dict[str, ConfigRecord] = field(default_factory=dict)
 
     def architecture(self, slot: str) -> str:
         """The name of the network in ``slot``."""
         return self.parts.get(slot, self.model_name)
+
+    def about(self, architecture: str) -> ConfigRecord:
+        """What there is to say of a network of that name here, for whoever finds it in a state."""
+        if architecture not in self._abouts:
+            about = about_of(self.data, architecture, client=self.client)
+            self._abouts[architecture] = ConfigRecord({"json": json.dumps(asdict(about))})
+        return self._abouts[architecture]
 
     @property
     def own(self) -> nn.Module:

@@ -83,8 +83,6 @@ def train_copy(message: Message, context: Context) -> Message:
     """Teach the personal teacher; let the copy of the global model learn from it and from labels."""
     edge = edge_of(context)
     config = message.content.config_records["config"]
-    # Before anything that a probe may end at: it tells what the copy weighs.
-    edge.hold(context, COPY, edge.settings.model)
     # A stream of its own: the copy then trains as FedAvg's would, whatever the teacher draws.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive(edge.settings.seed, "teacher", edge.client))
@@ -92,6 +90,7 @@ def train_copy(message: Message, context: Context) -> Message:
             _first_lesson(edge, context, config)
         _teach_teacher(edge, context, OWN, config)
     came = message.content.array_records["arrays"]
+    edge.hold(context, COPY, edge.settings.model)
     copy = edge.models[COPY]
     shared.load(copy, came.to_torch_state_dict())
     share, data = cast(float, config["distill-weight"]), edge.private.train

@@ -6,17 +6,14 @@ it. Optimiser states are flattened to named arrays, so that nothing is pickled.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from dataclasses import asdict
 
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context
+from flwr.app import ArrayRecord, ConfigRecord, Context
 from torch import nn
 
 from fedkit.data.agreement import Agreement, read_agreement
-from fedkit.knowledge.arrays import as_arrays, as_state_dict
-from fedkit.models.files import About
+from fedkit.knowledge.arrays import as_arrays, as_record, as_state_dict, from_state_dict
 from fedkit.models.moments import give_moments, moments_of
 from fedkit.models.normalisation import statistics_of
 from fedkit.models.training import batches_of
@@ -24,7 +21,7 @@ from fedkit.models.training import batches_of
 
 def keep_model(context: Context, name: str, model: nn.Module) -> None:
     """Put a model's parameters and buffers into the state, as ``NAME-model``."""
-    context.state[f"{name}-model"] = ArrayRecord(model.state_dict())
+    context.state[f"{name}-model"] = from_state_dict(model.state_dict())
 
 
 def keep_part(context: Context, name: str, architecture: str) -> None:
@@ -43,7 +40,7 @@ def keep_statistics(context: Context, name: str, architecture: str, model: nn.Mo
     state = model.state_dict()
     own = {key: state[key] for key in sorted(statistics_of(model))}
     if own:
-        context.state[f"{name}-statistics/{architecture}"] = ArrayRecord(own)
+        context.state[f"{name}-statistics/{architecture}"] = from_state_dict(own)
 
 
 def recall_statistics(context: Context, name: str, architecture: str) -> Mapping[str, torch.Tensor]:
@@ -52,9 +49,9 @@ def recall_statistics(context: Context, name: str, architecture: str) -> Mapping
     return as_state_dict(record) if isinstance(record, ArrayRecord) else {}
 
 
-def keep_about(context: Context, about: About) -> None:
+def keep_about(context: Context, about: ConfigRecord) -> None:
     """Put into the state what the models in it are, for whoever reads them without this client."""
-    context.state["about"] = ConfigRecord({"json": json.dumps(asdict(about))})
+    context.state["about"] = about
 
 
 def recall_weights(context: Context, name: str) -> Mapping[str, torch.Tensor] | None:
@@ -105,8 +102,7 @@ def recall_round(context: Context, samples: int) -> tuple[int, int]:
 
 def keep_optimiser(context: Context, name: str, optimiser: torch.optim.Optimizer) -> None:
     """Put an optimiser's moments into the state, as ``NAME-optimiser``."""
-    moments = {key: Array(values) for key, values in moments_of(optimiser).items()}
-    context.state[f"{name}-optimiser"] = ArrayRecord(moments)
+    context.state[f"{name}-optimiser"] = as_record(moments_of(optimiser))
 
 
 def recall_optimiser(context: Context, name: str, optimiser: torch.optim.Optimizer) -> None:

@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager, nullcontext
 from flwr.app import ArrayRecord, ConfigRecord
 from torch import Tensor, nn
 
+from fedkit.knowledge.arrays import from_state_dict
 from fedkit.models.normalisation import normalisation_of, statistics_of, untracked
 
 
@@ -64,7 +65,7 @@ def returning(model: nn.Module, came: ArrayRecord, config: ConfigRecord) -> list
 def back(model: nn.Module, came: ArrayRecord, config: ConfigRecord) -> ArrayRecord:
     """What goes back, of a model that was trained."""
     state = model.state_dict()
-    return ArrayRecord({name: state[name] for name in returning(model, came, config)})
+    return from_state_dict({name: state[name] for name in returning(model, came, config)})
 
 
 def _static(config: ConfigRecord) -> bool:

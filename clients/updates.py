@@ -23,7 +23,8 @@ from fedkit.knowledge.arrays import as_arrays, as_record
 from fedkit.knowledge.reduction import Arrays
 from fedkit.knowledge.relevance import agreement, read_threshold
 from fedkit.knowledge.updates import compressed, make_update_codec, sent_bytes
-from fedkit.models.build import parameters_of
+from fedkit.models.build import build_model, parameters_of
+from fedkit.models.pretrained import from_scratch
 
 # How their records are named in Context.state.
 RESIDUAL, SEEN = "residual", "seen"
@@ -85,7 +86,12 @@ def upload_bytes(edge: Edge, content: RecordDict, slot: str = OWN) -> int:
     if "arrays" not in content.array_records:
         return default_upload(edge, content)
     came, config = content.array_records["arrays"], content.config_records["config"]
-    model, codec = edge.models[slot], str(config.get("update-codec", "float32"))
+    codec = str(config.get("update-codec", "float32"))
+    if slot in edge.models:
+        model = edge.models[slot]
+    else:  # its first instruction makes it
+        spec = from_scratch(edge.settings.model)
+        model = build_model(spec, edge.data.shape, edge.outputs, seed=0)
     names = shared.returning(model, came, config)
     sent = ArrayRecord({name: came[name] for name in names})
     return sent_bytes(codec, sent, parameters_of(model))

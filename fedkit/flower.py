@@ -65,7 +65,9 @@ def set_message_id(message: Message, message_id: str) -> None:
 
 def error_reply(message: Message, reason: str) -> Message:
     """The reply of a client whose own code failed."""
-    return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message)
+    # A file's name in it may be no UTF-8, of which protobuf takes nothing.
+    text = reason.encode(errors="replace").decode()
+    return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, text), reply_to=message)
 
 
 def is_failure(reply: Message) -> bool:
@@ -80,8 +82,7 @@ def unavailable_reply(message: Message, reason: str) -> Message:
 
 def app_error_reply(message: Message, error: BaseException) -> Message:
     """The reply of a client whose ``ClientApp`` raised that, as Flower's own node words it."""
-    reason = f"{type(error)}:<'{error}'>"
-    return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message)
+    return error_reply(message, f"{type(error)}:<'{error}'>")
 
 
 def expired_reply(message: Message) -> Message:

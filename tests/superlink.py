@@ -10,10 +10,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from processes import alive, children_of, free_port, until
+from processes import ENVIRONMENT, alive, children_of, free_port, until
 
-ROOT = Path(__file__).resolve().parent.parent
-BIN = Path(sys.executable).parent
+# Where Flower's commands are: beside Python, or wherever else they are found.
+PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+# An interpreter for each message, and perhaps others at work on the same cores.
+VERY_LONG = 1800
 
 
 class FlowerProcess:
@@ -23,13 +25,17 @@ class FlowerProcess:
         self.log = folder / f"{name}.log"
         with self.log.open("wb") as output:
             self.process = subprocess.Popen(
-                [BIN / command[0], *command[1:]],
+                command,
                 cwd=folder,
                 env=environment(folder),
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
             )
+
+    def until_it_says(self, words: str) -> None:
+        """Wait for that in its output."""
+        until(lambda: words in self.log.read_text(), VERY_LONG)
 
     def kill(self) -> None:
         """End it and its descendants at once, as when the power fails."""
@@ -51,18 +57,21 @@ class SuperLink:
         self.port = free_port()
         self.processes: list[FlowerProcess] = []
         home = folder / "home"
-        home.mkdir()
+        home.mkdir(parents=True)
         (home / "config.toml").write_text(
             '[superlink]\ndefault = "here"\n'
             f'[superlink.here]\naddress = "127.0.0.1:{self.port}"\ninsecure = true\n'
         )
+
+    def listen(self) -> None:
+        """Start the SuperLink, and wait until it serves."""
         link = self.start(
             "flower-superlink",
             *("--host", "127.0.0.1", "--port", str(self.port)),
             "--disable-runtime-dependency-installation",
             name="superlink",
         )
-        until(lambda: "startup complete" in link.log.read_text())
+        link.until_it_says("Uvicorn running")
 
     def start(self, *command: str, name: str) -> FlowerProcess:
         """One of Flower's long-lived commands."""
@@ -79,17 +88,34 @@ class SuperLink:
             name=name,
         )
 
-    def run(self, **config: int | float | str) -> subprocess.Popen[bytes]:
-        """`flwr run .` with this run config, to its end; its log in ``run.log``."""
+    def nodes(self, count: int) -> None:
+        """SuperNodes that hold partitions 0, 1, ... of as many, once they are known."""
+        found = [
+            self.node(f"node-{at}", partition_id=at, num_partitions=count) for at in range(count)
+        ]
+        for one in found:
+            one.until_it_says("SuperNode ID")
+
+    def run(self, app: Path, run_config: str) -> subprocess.Popen[bytes]:
+        """Begin `flwr run` of an app; its log is in ``run.log``."""
         with (self.folder / "run.log").open("wb") as output:
             return subprocess.Popen(
-                [BIN / "flwr", "run", ROOT, "here", "--stream", "--run-config", toml(config)],
+                ["flwr", "run", app, "here", "--stream", "--run-config", run_config],
                 cwd=self.folder,
                 env=environment(self.folder),
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
             )
+
+    def run_to_the_end(self, app: Path, run_config: str) -> str:
+        """`flwr run` of an app; gives what its ServerApp has logged."""
+        self.ended(self.run(app, run_config))
+        return (self.folder / "run.log").read_text()
+
+    def ended(self, run: subprocess.Popen[bytes]) -> None:
+        """Wait for the end of a run, which has to be a good one."""
+        assert run.wait(VERY_LONG) == 0, self.logs()
 
     def logs(self) -> str:
         """What everybody has said."""
@@ -102,6 +128,7 @@ def superlink(folder: Path) -> Iterator[SuperLink]:
     """A SuperLink; it and its SuperNodes are gone afterwards."""
     link = SuperLink(folder)
     try:
+        link.listen()
         yield link
     finally:
         for one in reversed(link.processes):
@@ -111,9 +138,8 @@ def superlink(folder: Path) -> Iterator[SuperLink]:
 def environment(folder: Path) -> dict[str, str]:
     """Flower's commands find each other, and keep what they keep in ``folder``."""
     return {
-        **os.environ,
-        "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
-        "OMP_NUM_THREADS": "1",
+        **ENVIRONMENT,
+        "PATH": PATH,
         "FLWR_HOME": str(folder / "home"),
         "FLWR_TELEMETRY_ENABLED": "0",
     }

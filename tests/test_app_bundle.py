@@ -31,6 +31,8 @@ def test_the_run_config_is_the_app_s_own_with_what_is_typed(tmp_path):
     file = tmp_path / "config.toml"
     file.write_text("batch-size = 8\n")
     assert app.run_config([str(file)])["batch-size"] == 8
+    both = app.run_config([str(file), "learning-rate=0.5", "learning-rate=0.7"])
+    assert (both["batch-size"], both["learning-rate"]) == (8, 0.7)
     assert read_app(APPS / "numpyclient").run_config(["penalty.l2=1.0"])["penalty.l2"] == 1.0
 
 
@@ -40,6 +42,8 @@ def test_the_run_config_is_the_app_s_own_with_what_is_typed(tmp_path):
         ("learning-rat=1", r"no 'learning-rat' \(did you mean learning-rate"),
         ("learning-rate", "takes \"key=1 other='word'\""),
         ("learning-rate=[", "takes \"key=1 other='word'\""),
+        ("learning-rate = 0.5", "not 'learning-rate = 0.5'"),
+        ("learning-rate=0.5 batch-size", "not 'learning-rate=0.5 batch-size'"),
         ("nowhere.toml", "There is no file nowhere.toml"),
     ],
 )

@@ -58,6 +58,9 @@ def test_an_app_may_stand_in_a_settings_file(tmp_path):
     file = tmp_path / "config.toml"
     file.write_text(f'app = "{QUICKSTART}"\nrun-config = "gone.toml"\nclients = 2\n')
     assert_refused(run, ["--config", str(file)], "no file gone.toml")
+    # What is typed is added, and does not stand for it.
+    typed = ["--run-config", "batch-size=8"]
+    assert_refused(run, ["--config", str(file), *typed], "no file gone.toml")
 
 
 def assert_refused(command, words, sentence):

@@ -11,7 +11,7 @@ import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MessageType, RecordDict
 from flwr.common.constant import ErrorCode
 from flwr.serverapp.strategy import FedAvg
-from links import LONG, client, serving, start
+from links import LONG, background, client, serving, start
 from processes import until
 
 from fedkit.apps import grid as app_grid
@@ -234,6 +234,19 @@ def test_several_threads_use_it_at_once(served, grid):
     for thread in threads:
         thread.join(LONG)
     assert sorted(found) == [(value, value, nodes[value % 2]) for value in range(24)]
+
+
+def test_nobody_waits_any_longer_when_the_server_ends(served, grid):
+    """As a thread of the app's own may, which then keeps the process from ending."""
+    raw = served.raw().joined()
+    (node,) = served.nodes(1)
+    waiting = background(lambda: grid.send_and_receive([message(node)]))
+    raw.instruction()
+    raw.vanish()
+    until(lambda: not served.connected(node))
+    served.close()
+    (reply,) = waiting.result(LONG)
+    assert reply.error.code == ErrorCode.NODE_UNAVAILABLE
 
 
 def test_what_can_t_be_sent_is_refused(grid):

@@ -85,6 +85,50 @@ def test_records_that_are_edited_in_place_are_kept(folder):
     assert list(kept.files) == ["model", "told"]
 
 
+def instruction():
+    return encode_message(Message(RecordDict({"config": ConfigRecord()}), 5, "train"))
+
+
+def answering(what):
+    app = ClientApp()
+    app.train()(what)
+    return app
+
+
+def test_state_that_can_t_be_kept_ends_the_client_and_the_server_hears_of_it(folder):
+    def spoil(message, context):
+        context.state["told"] = ConfigRecord({"words": ["a"]})
+        context.state["told"]["words"].append(3)
+        return Message(RecordDict(), reply_to=message)
+
+    answer = Member(folder, answering(spoil)).part.work("k1", instruction())
+    assert "failed with TypeError" in str(answer.fatal)
+    assert decode_message(answer.buffers).error.reason == str(answer.fatal)
+
+
+def test_damage_to_what_was_kept_ends_the_client_and_the_server_hears_of_it(folder):
+    """At the first message, so that `--stay` does not go on with it for ever."""
+    first = Member(folder)
+    first.ask("k1")
+    first.die()
+    (kept,) = (folder / "f00d").glob("*.records")
+    kept.write_bytes(b"")
+    answer = Member(folder).part.work("k2", instruction())
+    assert "its checksum is wrong" in str(answer.fatal)
+    assert decode_message(answer.buffers).error.reason == str(answer.fatal)
+
+
+def test_an_error_in_words_that_are_no_text_is_told(folder):
+    """As of a file whose name is no UTF-8."""
+
+    def fail(message, context):
+        raise FileNotFoundError("pictures/\udce9.png")
+
+    answer = Member(folder, answering(fail)).part.work("k1", instruction())
+    assert answer.fatal is None
+    assert "pictures/?.png" in decode_message(answer.buffers).error.reason
+
+
 def test_each_run_has_a_state_of_its_own(folder):
     one = Member(folder)
     one.ask("k1")

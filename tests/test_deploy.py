@@ -88,10 +88,10 @@ def test_a_network_that_the_strategy_would_not_train_is_refused(prepare, monkeyp
 
 
 def test_a_width_for_each_service_is_tried(prepare, capsys):
-    settings = {"strategy": "heterofl", "model": "heterofl-cnn", "num-shards": "4"}
-    models = {"phone": "heterofl-cnn", "board": "heterofl-cnn"}
+    settings = {"strategy": "heterofl", "model": "mlp:16", "num-shards": "4"}
+    models = {"phone": "mlp:16", "board": "mlp:16"}
     prepare.check_settings(settings, models, {"board": "0.25"}, "")
-    assert "heterofl-cnn, heterofl-cnn" in capsys.readouterr().out
+    assert "mlp:16, mlp:16" in capsys.readouterr().out
     with pytest.raises(SystemExit) as ended:
         prepare.check_settings(settings, models, {"board": "7"}, "")
     assert ended.value.code == 2

@@ -405,7 +405,7 @@ def test_students_tell_how_well_they_learned():
 
 
 def member(client):
-    return Member(client + 2, client, f"client {client} (lenet)", "lenet", 5, 10, "cpu", ())
+    return Member(client + 2, client, f"client {client} (lenet)", "lenet", 10**6, 10, "cpu", ())
 
 
 class Receiver(Stub):

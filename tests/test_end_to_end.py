@@ -92,8 +92,10 @@ def test_config_runs_it_again_with_the_same_numbers(demo, tmp_path):
     _, first = demo
     config = tomllib.loads((first / "config.toml").read_text())
     assert config["clients"] == 4 and config["local-epochs"] == 1
+    # By the simulation, which starts no process for each client.
     again = fedkit(
-        *("run", "--config", str(first / "config.toml"), "--run-dir", "again", "--format", "json"),
+        *("simulate", "--config", str(first / "config.toml"), "--run-dir", "again"),
+        *("--format", "json"),
         folder=tmp_path,
     )
     assert again.returncode == 0, again.stderr
@@ -109,8 +111,8 @@ def test_processes_and_one_process_agree_to_the_bit(demo):
 @pytest.mark.parametrize(
     ("strategy", "settings", "models"),
     [
-        ("fedavg", {}, ["global"]),
-        # Ten seconds and more each: `make slow` has the rest.
+        # Ten seconds and more each.
+        pytest.param("fedavg", {}, ["global"], marks=pytest.mark.slow),
         pytest.param(
             *("feddf", {"steps": 20}, ["student-cnn", "student-lenet"]), marks=pytest.mark.slow
         ),

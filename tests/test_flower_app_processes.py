@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from flower_apps import APPS, with_client
-from flower_engine import flower_engine
 from processes import Process, events, fedkit, free_port, until
+from superlink import superlink
 
 from fedkit.engine.state import FederationState
 from fedkit.security import certs
@@ -42,6 +42,7 @@ def run_on_the_link(app: Path, run_config: str, folder: Path, clients: int = 2) 
     return done.stdout
 
 
+@pytest.mark.slow
 def test_one_command_runs_it_and_its_files_are_where_it_puts_them(tmp_path):
     printed = run_on_the_link(QUICKSTART, "num-server-rounds=1", tmp_path)
     # What the strategy logs, what the app prints, and what travelled.
@@ -135,16 +136,17 @@ def test_two_clients_are_bit_equal_to_flower_s_own_engine(tmp_path):
         (noisy, "FedAvg"),
         (clipping, "ClippedFedAvg"),
     ]
-    with flower_engine(tmp_path / "engine", 2) as engine:
+    with superlink(tmp_path / "engine") as link:
+        link.nodes(2)
         for number, (app, strategy) in enumerate(cases):
             ours, theirs = tmp_path / f"{number}-ours.pt", tmp_path / f"{number}-theirs.pt"
             config = f'strategy="{strategy}" num-server-rounds=2 fraction-evaluate=0.0'
             run_on_the_link(app, f'{config} final-model="{ours}"', tmp_path / f"{number}")
-            engine.run(app, f'{config} final-model="{theirs}"')
+            link.run_to_the_end(app, f'{config} final-model="{theirs}"')
             assert_equal_bit_for_bit(ours, theirs)
         ours, theirs = tmp_path / "ours.json", tmp_path / "theirs.json"
         run_on_the_link(APPS / "numpyclient", f'result="{ours}"', tmp_path / "older")
-        engine.run(APPS / "numpyclient", f'result="{theirs}"')
+        link.run_to_the_end(APPS / "numpyclient", f'result="{theirs}"')
         assert json.loads(ours.read_text()) == json.loads(theirs.read_text())
 
 
@@ -154,8 +156,9 @@ def test_four_clients_are_equal_to_flower_s_own_engine_within_rounding(tmp_path)
     ours, theirs = tmp_path / "ours.pt", tmp_path / "theirs.pt"
     config = "num-server-rounds=2 fraction-evaluate=0.0"
     run_on_the_link(QUICKSTART, f'{config} final-model="{ours}"', tmp_path / "link", clients=4)
-    with flower_engine(tmp_path / "engine", 4) as engine:
-        engine.run(QUICKSTART, f'{config} final-model="{theirs}"')
+    with superlink(tmp_path / "engine") as link:
+        link.nodes(4)
+        link.run_to_the_end(QUICKSTART, f'{config} final-model="{theirs}"')
     found, expected = model(ours), model(theirs)
     assert found.keys() == expected.keys()
     for name, array in expected.items():

@@ -1,15 +1,15 @@
 """fedkit on Flower's own engine: a real SuperLink, real SuperNodes, `flwr run`."""
 
 import json
+from pathlib import Path
 
 import pytest
 from inprocess import InProcessFederation
 from processes import events, until
-from superlink import superlink
+from superlink import VERY_LONG, superlink, toml
 
 pytestmark = pytest.mark.slow
-# An interpreter for each message, and perhaps others at work on the same cores.
-LONG = 1800
+ROOT = Path(__file__).resolve().parent.parent
 KTPFL = {
     "strategy": "ktpfl",
     "public": "digits:64",
@@ -31,9 +31,8 @@ def test_the_history_is_that_of_the_link(tmp_path):
     with superlink(tmp_path) as link:
         link.node("one", partition_id=0, model=MODELS[0], state_dir=str(tmp_path / "device"))
         link.node("two", partition_id=1, model=MODELS[1])
-        run = link.run(num_shards=2, min_clients=2, run_dir=str(tmp_path / "run"), **KTPFL)
-        assert run.wait(LONG) == 0, link.logs()
-        assert "Digest " in (tmp_path / "run.log").read_text()
+        config = KTPFL | {"num_shards": 2, "min_clients": 2, "run_dir": str(tmp_path / "run")}
+        assert "Digest " in link.run_to_the_end(ROOT, toml(config))
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert (summary["engine"], summary["status"]) == ("flower", "completed")
     assert summary["digest"] == usual()
@@ -43,24 +42,18 @@ def test_a_node_that_is_killed_comes_back_and_goes_on_from_its_folder(tmp_path):
     """The SuperNode that is started in its place has another id, and the same client's state."""
     run_dir = tmp_path / "run"
     with superlink(tmp_path) as link:
-        config = [
+        nodes = [
             {"partition_id": at, "model": model, "state_dir": str(tmp_path / f"device-{at}")}
             for at, model in enumerate(MODELS)
         ]
-        link.node("one", **config[0])
-        second = link.node("two", **config[1])
-        run = link.run(
-            num_shards=2,
-            min_clients=2,
-            quorum=1.0,
-            rejoin_wait=300.0,
-            run_dir=str(run_dir),
-            **KTPFL,
-        )
-        until(lambda: rounds(run_dir), LONG)
+        link.node("one", **nodes[0])
+        second = link.node("two", **nodes[1])
+        config = KTPFL | {"num_shards": 2, "min_clients": 2, "run_dir": str(run_dir)}
+        run = link.run(ROOT, toml(config | {"quorum": 1.0, "rejoin_wait": 300.0}))
+        until(lambda: rounds(run_dir), VERY_LONG)
         second.kill()
-        link.node("two-again", **config[1])
-        assert run.wait(LONG) == 0, link.logs()
+        link.node("two-again", **nodes[1])
+        link.ended(run)
     summary = json.loads((run_dir / "summary.json").read_text())
     assert summary["status"] == "completed", link.logs()
     assert summary["digest"] == usual()

@@ -2,6 +2,7 @@
 
 import json
 import re
+import threading
 import tomllib
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, 
 from inprocess import InProcessFederation, InProcessGrid
 
 from fedkit.engine.driver import Driver
+from fedkit.engine.state import StateDirectory
 from fedkit.errors import FedkitError, UsageError
 from fedkit.flower import (
     check_arrays,
@@ -137,6 +139,43 @@ def test_a_node_with_a_folder_and_no_shard_keeps_the_one_that_it_had(tmp_path):
     for offered in (2, 0):
         reply = asked(context, Told("abc", "k", offered, settings), offer)
         assert reply.content["join"]["client"] == 2
+
+
+def test_a_node_waits_until_its_process_before_is_done_with_the_folder(tmp_path):
+    """As where a run was stopped while the node still trained: the next run's question comes early."""
+    federation = InProcessFederation(**FEDAVG)
+    context = new_context(4, {"state-dir": str(tmp_path), "device": "cpu"})
+    told = Told("abc", "k", 1, as_config(federation.plan.federation))
+    before = StateDirectory(tmp_path)
+    threading.Timer(0.3, before.close).start()
+    reply = asked(context, told, federation.view.offer(False))
+    assert reply.content["join"]["client"] == 1
+    # Where it takes too long nobody waits for the answer any more.
+    busy = StateDirectory(tmp_path)
+    message = message_with(settings=json.dumps(told.settings))
+    message.metadata.ttl = 0.01
+    reply = NodeApp()(message, context)
+    busy.close()
+    assert "Another client uses the state directory" in reply.error.reason
+
+
+def test_who_was_barred_by_a_node_that_is_gone_is_asked_again(monkeypatch):
+    """A SuperLink takes a node that was killed for there for a minute, and its shard for taken."""
+    federation = InProcessFederation(**FEDAVG)
+    flowers = FlowersOwn(nodes(federation))
+    driver = driven(federation, flowers, monkeypatch)
+    driver.roster.admit()
+    while len(driver.roster.members) < 2:
+        driver.roster.admit()
+    app, context = flowers.apps[6]
+    flowers.apps[9] = app, new_context(9, dict(context.node_config))
+    for _ in range(3):
+        driver.roster.admit()
+    assert sorted(driver.roster.members) == [6, 7]
+    del flowers.apps[6]
+    for _ in range(3):
+        driver.roster.admit()
+    assert sorted(driver.roster.members) == [7, 9]
 
 
 def asked(context, told, offer=None):
@@ -347,6 +386,17 @@ def test_a_shard_is_a_node_s_own_word_or_the_next_free_one():
         assert "There is no shard" in shards.take(nonsense, 9, [])
 
 
+def test_shards_whose_holders_are_all_gone_go_to_one_node_each():
+    """A run that goes on where every SuperNode was started anew, and none names a shard."""
+    shards = Shards(2, {0: 4, 1: 5})
+    assert [shards.offer(node, [8, 9]) for node in (8, 9, 8)] == [0, 1, 0]
+    # Whoever held one before comes back to it.
+    assert shards.offer(5, [5, 8, 9]) == 1
+    assert shards.take(1, 5, [5, 8, 9]) is None
+    assert shards.take(0, 8, [5, 8, 9]) is None
+    assert shards.offer(9, [5, 8, 9]) == NO_SHARD
+
+
 def test_every_setting_may_stand_in_a_run_config():
     """And nothing else: Flower takes no key that the app does not declare."""
     declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["flwr"]["app"]
@@ -377,6 +427,8 @@ def test_settings_of_a_run_config_win_over_options_and_these_over_the_file(tmp_p
     assert given(dict.fromkeys(keys(), "")) == ({}, None)
     with pytest.raises(UsageError, match="key=value"):
         given({"option": "seed"})
+    with pytest.raises(UsageError, match="No closing quotation"):
+        given({"option": "note='two words"})
     with pytest.raises(UsageError, match="no settings file"):
         given({"config": str(tmp_path / "none.toml")})
 

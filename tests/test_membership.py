@@ -9,11 +9,13 @@ import pytest
 from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordDict
 
 from fedkit.engine import membership as membership_module
+from fedkit.engine.client import Client, ClientPlan
 from fedkit.engine.membership import Membership
 from fedkit.engine.state import StateDirectory
 from fedkit.errors import FedkitError
 from fedkit.flower import decode_message, encode_message, set_message_id, take_identity
 from fedkit.link.client import Answer
+from fedkit.settings import DataSettings
 
 WELCOME: dict[str, Any] = {
     "federation": "f00d",
@@ -139,3 +141,31 @@ def test_a_part_fits_while_the_server_says_the_same(folder, changes, fits):
 def test_a_federation_that_is_no_plain_word_makes_no_folder(folder, name):
     with pytest.raises(FedkitError, match="no plain word"):
         opened(folder, federation=name)
+
+
+def plan_for(server: str, folder: Path, **more: Any) -> ClientPlan:
+    return ClientPlan(
+        server=server,
+        state_dir=folder,
+        shard=0,
+        own_dataset=None,
+        memory_budget=0,
+        model=None,
+        device="cpu",
+        expected={},
+        data=DataSettings(),
+        **more,
+    )
+
+
+def test_a_welcome_that_makes_no_sense_is_a_sentence(served, tmp_path):
+    """It says nothing of a shard."""
+    with pytest.raises(FedkitError, match=r"makes no sense.*node_config"):
+        Client(plan_for(served.address, tmp_path)).run()
+
+
+def test_a_damaged_identity_is_not_waited_out(tmp_path):
+    """However long a client is to stay."""
+    (tmp_path / "identity.json").write_text("{}")
+    with pytest.raises(FedkitError, match=r"identity\.json is damaged"):
+        Client(plan_for("127.0.0.1:1", tmp_path, stay=True)).run()

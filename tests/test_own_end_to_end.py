@@ -77,6 +77,7 @@ def client(folders, who, port, *more):
     )
 
 
+@pytest.mark.slow
 def test_devices_with_their_own_pictures_and_networks_learn_together_through_a_kill(folders):
     """One lacks a class and has its network in a file of its own; it is killed in mid-run."""
     port = free_port()

@@ -63,7 +63,8 @@ LONG_RUN = ("--rounds", "8", "-o", "local-epochs=2", "--num-shards", "8")
 
 
 def test_a_dead_client_does_not_hang_the_round(tmp_path):
-    server, address = start_server(tmp_path, "--rounds", "60", "--num-shards", "8")
+    quick = "-o", "local-epochs=1", "-o", "distill-epochs=1", "-o", "alone=false"
+    server, address = start_server(tmp_path, "--rounds", "60", "--num-shards", "8", *quick)
     with (
         server,
         start_client(tmp_path, address, 0) as first,
@@ -102,6 +103,7 @@ def test_a_restarted_client_goes_on_where_it_was(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_a_client_takes_the_next_free_shard(tmp_path):
     server, address = start_server(tmp_path, "--rounds", "1", "--num-shards", "8")
     with server, start_client(tmp_path, address, "0") as fixed:

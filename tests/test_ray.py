@@ -159,14 +159,21 @@ def test_an_interrupt_ends_the_server_and_then_ray(tmp_path, monkeypatch):
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_a_run_that_never_began_raises_what_was_wrong(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("wrong", "told", "sentence"),
+    [
+        (ValueError("not even a thread"), ValueError, "^not even a thread"),
+        (RuntimeError("no GCS"), FedkitError, r"^Ray's simulation ended: no GCS\."),
+    ],
+)
+def test_a_run_that_never_began_raises_what_was_wrong(tmp_path, monkeypatch, wrong, told, sentence):
     def run_simulation(server_app, client_app, count, backend_config):
-        raise ValueError("not even a thread")
+        raise wrong
 
     monkeypatch.setattr(ray, "run_simulation", run_simulation)
     monkeypatch.setattr(ray, "_is_installed", lambda: True)
     plan = planned(**KTPFL, run_dir=str(tmp_path / "run"))
-    with pytest.raises(ValueError, match="not even a thread"):
+    with pytest.raises(told, match=sentence):
         ray.simulate(plan, WorkerSettings(engine="ray"))
 
 
@@ -200,6 +207,11 @@ def test_a_client_takes_its_threads_and_a_share_of_the_gpus(monkeypatch):
     assert given["client_resources"] == {"num_cpus": 2, "num_gpus": 0.25}
     assert given["init_args"]["num_cpus"] == 8
     assert ray._resources(plan, WorkerSettings(workers=3), 20)["init_args"]["num_cpus"] == 6
+    # Two of three share one, and nobody has more than one.
+    for gpus, share in ((2, 0.5), (3, 1.0), (8, 1.0), (0, 0.0)):
+        monkeypatch.setattr(ray, "_gpus", lambda plan, gpus=gpus: gpus)
+        given = ray._resources(plan, WorkerSettings(workers=3), 20)
+        assert given["client_resources"]["num_gpus"] == share
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     assert "num_cpus" not in ray._resources(plan, WorkerSettings(), 20)["init_args"]
 

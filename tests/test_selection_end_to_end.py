@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import pytest
 from inprocess import InProcessFederation
 from processes import Process, events, fedkit, free_port, until
 
@@ -78,6 +79,7 @@ def test_a_client_killed_between_probe_and_finish_neither_loses_nor_repeats_its_
     assert summary_of(tmp_path)["digest"] == alike.run()["digest"]
 
 
+@pytest.mark.slow
 def test_an_emulated_run_stops_when_validation_says_so_and_exits_well(tmp_path):
     own = tmp_path / "slow.toml"
     own.write_text("slowdown = 4\nup-mbit = 10\ndown-mbit = 20\nlatency = 0.2\n")
@@ -110,6 +112,7 @@ def test_an_emulated_run_stops_when_validation_says_so_and_exits_well(tmp_path):
     assert summary_of(tmp_path)["stop_reason"] == summary["stop_reason"]
 
 
+@pytest.mark.slow
 def test_a_client_may_leave_while_its_device_is_away(tmp_path):
     """Its battery window is hours off, so that it would answer nothing before."""
     from fedkit.devices import traces

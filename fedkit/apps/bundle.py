@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -127,23 +128,27 @@ def read_app(folder: Path) -> FlowerApp:
 
 
 def read_pairs(option: str, texts: Sequence[str]) -> dict[str, Value]:
-    """What ``--run-config`` or ``--node-config`` says, in Flower's syntax.
+    """What ``--run-config`` or ``--node-config`` says, in Flower's syntax; the later text wins.
 
     Raises:
         UsageError: it can't be read.
     """
     from fedkit.flower import read_config
 
-    takes = f"{option} takes \"key=1 other='word'\", or the name of a TOML file"
+    values: dict[str, Value] = {}
     for text in texts:
-        if text.strip() and "=" not in text and not text.endswith(".toml"):
-            raise UsageError(f"{takes}, not {text!r}.")
-    try:
-        return read_config(texts)
-    except FileNotFoundError as error:
-        raise UsageError(f"There is no file {error.filename} ({option}).") from error
-    except Exception as error:  # of Flower's parser: TOML's errors, Click's, its own
-        raise UsageError(f"{takes}, not {' '.join(texts)!r}.") from error
+        takes = f"{option} takes \"key=1 other='word'\", or the name of a TOML file, not {text!r}."
+        try:
+            read = read_config([text])
+            words = 0 if text.endswith(".toml") else len(shlex.split(text))
+        except FileNotFoundError as error:
+            raise UsageError(f"There is no file {error.filename} ({option}).") from error
+        except Exception as error:  # of Flower's parser: TOML's errors, Click's, its own
+            raise UsageError(takes) from error
+        if len(read) < words:  # what it does not understand, as in "key = 1", it passes over
+            raise UsageError(takes)
+        values |= read
+    return values
 
 
 def _missing(where: str, reference: str, folder: Path, error: ModuleNotFoundError) -> str:

@@ -15,7 +15,7 @@ from fedkit.link.client import Answer
 from fedkit.settings import Value
 
 if TYPE_CHECKING:
-    from flwr.app import Message
+    from flwr.app import Message, RecordDict
     from flwr.clientapp import ClientApp
 
 _log = logging.getLogger(__name__)
@@ -45,11 +45,13 @@ class AppMembership:
             node_config: what the app is told of this device.
 
         Raises:
-            FedkitError: the welcome makes no sense, or what was kept is damaged.
+            FedkitError: the welcome makes no sense.
         """
-        from fedkit.flower import new_context, take_identity
+        from fedkit.flower import take_identity
 
         self.federation = safe_name(welcome["federation"])
+        self._folder = directory.path / self.federation
+        self._owner = {"app": app.name}
         self._app = client_app
         self._node_config = node_config
         self._welcome = welcome
@@ -57,11 +59,7 @@ class AppMembership:
         self._run_id = run_id_of(self.federation)
         self._node_id = int(welcome["node_id"])
         take_identity(self._node_id, self._run_id)
-        self._kept = FederationState(directory.path / self.federation, {"app": app.name})
-        self._state = new_context(self._node_id, node_config).state
-        if self._kept.begun:
-            self._kept.restore(self._state)
-            _log.warning("Going on from %s (%s).", self._kept.folder, self._kept.last_key)
+        self._remembered: tuple[FederationState, RecordDict] | None = None
 
     def fits(self, welcome: dict[str, Any]) -> bool:
         """Whether the server still says the same of this client."""
@@ -78,28 +76,41 @@ class AppMembership:
 
         message = None
         try:
-            known = self._kept.reply_to(key)
+            kept, state = self._remembered or self._recalled()
+            known = kept.reply_to(key)
             if known is not None:
                 _log.info("Message %s was answered before: answered again.", key)
                 return Answer(known)
             message = decode_message(buffers, described=False)
             buffers.clear()
             _log.info("Message %s: %s", key, message.metadata.message_type)
-            reply = self._reply(message)
+            reply, state = self._reply(message, state)
+            self._remembered = kept, state
             # The answers to the last two messages are kept: counted as rounds of the state directory.
-            number = (self._kept.last_round or 0) + 1
-            self._kept.commit(key, reply, self._state, number)
+            kept.commit(key, reply, state, (kept.last_round or 0) + 1)
             return Answer(reply)
-        except (FedkitError, ValueError) as error:
+        except Exception as error:  # whatever an app may have put into its state
             fatal = explain(error)
-            if message is None:
-                raise fatal from error
+            try:
+                message = message or decode_message(buffers, described=False)
+            except ValueError:
+                raise fatal from error  # there is no answering what can't be read
             return Answer(encode_message(error_reply(message, str(fatal))), fatal)
 
     def export(self) -> None:
         """There is nothing of the app's that could be written for others."""
 
-    def _reply(self, message: Message) -> list[bytes]:
+    def _recalled(self) -> tuple[FederationState, RecordDict]:
+        from flwr.app import RecordDict
+
+        kept, state = FederationState(self._folder, self._owner), RecordDict()
+        if kept.begun:
+            kept.restore(state)
+            _log.warning("Going on from %s (%s).", kept.folder, kept.last_key)
+        self._remembered = kept, state
+        return kept, state
+
+    def _reply(self, message: Message, state: RecordDict) -> tuple[list[bytes], RecordDict]:
         from flwr.app import Context, RecordDict
 
         from fedkit.flower import app_error_reply, encode_message
@@ -109,7 +120,7 @@ class AppMembership:
             self._run_id,
             self._node_id,
             dict(self._node_config),
-            self._state,
+            state,
             dict(self._run_config),
         )
         try:
@@ -119,10 +130,8 @@ class AppMembership:
         except (Exception, SystemExit) as error:  # whatever somebody's app does
             _log.error("%s", explain(error))
             reply = encode_message(app_error_reply(message, error))
-        if isinstance(context.state, RecordDict):
-            # Also after an error, as Flower's own node has it.
-            self._state = context.state
-        return reply
+        # Also after an error, as Flower's own node has it.
+        return reply, context.state if isinstance(context.state, RecordDict) else state
 
 
 def run_id_of(federation: str) -> int:

@@ -236,7 +236,7 @@ class _AppRun:
             "version": app.version,
             "run_id": run_id_of(self._federation),
             "seconds": time.monotonic() - self._started,
-            "clients": [{"node": node, "name": name} for node, name in self._joined.items()],
+            "clients": [{"node": node, "name": name} for node, name in list(self._joined.items())],
             "messages": outcomes,
             "sent_down": sum(down.values()),
             "sent_up": sum(up.values()),

@@ -149,8 +149,9 @@ def client(folder: Path, node_config: str | None, connection: Mapping[str, Any])
 
 
 def _run_config(run_config: list[str] | None, values: dict[str, Value]) -> list[str]:
+    """What is typed wins over what a settings file names."""
     from_file = values.pop("run-config", None)
-    return run_config or ([str(from_file)] if from_file is not None else [])
+    return [*([] if from_file is None else [str(from_file)]), *(run_config or [])]
 
 
 def _flower_speaks() -> None:

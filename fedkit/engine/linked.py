@@ -6,6 +6,7 @@ import logging
 import math
 import random
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -108,9 +109,10 @@ class LinkedClient:
             FedkitError: refused, unreachable, or its own code failed.
         """
         try:
+            identity = self._directory.identity()
             while True:
                 try:
-                    goodbye = self._take_part()
+                    goodbye = self._take_part(identity)
                     if not self._connection.stay:
                         return goodbye
                     _log.warning("%s Waiting for the next.", goodbye)
@@ -135,8 +137,8 @@ class LinkedClient:
         """Where the client's own model is, once the run is over."""
         return self._membership.model_path if self._membership else None
 
-    def _take_part(self) -> str:
-        connection, identity = self._connection, self._directory.identity()
+    def _take_part(self, identity: Mapping[str, str]) -> str:
+        connection = self._connection
         hello = {
             "identity": identity["identity"],
             "secret": identity["secret"],
@@ -187,8 +189,14 @@ class LinkedClient:
             )
         if welcome.get("notice"):
             _log.warning("%s", str(welcome["notice"])[:500])
-        if before is None or not before.fits(welcome):
-            self._membership = self.part(welcome)
+        try:
+            if before is None or not before.fits(welcome):
+                self._membership = self.part(welcome)
+        except (LookupError, TypeError, ValueError) as error:
+            raise FedkitError(
+                f"What {self._connection.server} says of the federation makes no sense "
+                f"({type(error).__name__}: {error}): is another program at that address?"
+            ) from error
 
     def _work(self, key: str, buffers: list[bytes]) -> Answer:
         assert self._membership is not None, "instructions come after the welcome"

@@ -116,6 +116,7 @@ class Roster:
         self._patience = patience
         self._asked: dict[str, _Question] = {}
         self._turned_away: set[int] = set()
+        self._present: set[int] = set()
         self._processes: dict[int, str] = {}
         self._registered = grid.registered if isinstance(grid, JoinsWhenChosen) else None
         self.members: dict[int, Member] = {}
@@ -137,6 +138,10 @@ class Roster:
         waiting = {question.node_id for question in self._asked.values()}
         # One that went away and comes back, perhaps mended, is asked again.
         self._turned_away &= present
+        if self._present - present and not isinstance(self._grid, CanDismiss):
+            # Whoever is gone may have held what another wants that still waits: nothing sent it away.
+            self._turned_away.clear()
+        self._present = present
         # A member that is another process now may have other data, so it is asked again. It stays in
         # meanwhile: what it answers to the round's instructions is awaited.
         restarted = {n for n, process in now.items() if self._processes.get(n) != process}

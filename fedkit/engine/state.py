@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 VERSION = 2
 # The last checkpoint may be torn, and the one before it count: two rounds may be repeated.
 ROUNDS_KEPT = 2
+# How often a directory is looked at that another process has.
+POLL_S = 0.2
 
 
 class InUse(FedkitError):
@@ -40,8 +42,8 @@ class InUse(FedkitError):
 class StateDirectory:
     """One device's directory, locked for as long as the process lives."""
 
-    def __init__(self, path: Path) -> None:
-        """Make and lock it.
+    def __init__(self, path: Path, patience: float = 0.0) -> None:
+        """Make and lock it, waiting for so many seconds until it is free.
 
         Raises:
             FedkitError: another process uses it, or it can't be written.
@@ -52,13 +54,14 @@ class StateDirectory:
             self._lock = (path / "lock").open("a")
         except OSError as error:
             raise FedkitError(f"{path} can't be written: {error.strerror}.") from error
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self._lock.close()
-            raise InUse(
-                f"Another client uses the state directory {path}: give each its own --state-dir."
-            ) from error
+        deadline = time.monotonic() + patience
+        while not self._locked():
+            if time.monotonic() >= deadline:
+                self._lock.close()
+                raise InUse(
+                    f"Another client uses the state directory {path}: give each its own --state-dir."
+                )
+            time.sleep(POLL_S)
 
     def identity(self) -> dict[str, str]:
         """The device's lasting name and secret; drawn at the first call."""
@@ -95,6 +98,13 @@ class StateDirectory:
     def close(self) -> None:
         """Let another process have it."""
         self._lock.close()
+
+    def _locked(self) -> bool:
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return False
+        return True
 
 
 def first_free(parent: Path, stem: str) -> StateDirectory:

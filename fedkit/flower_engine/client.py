@@ -60,7 +60,8 @@ def answer(
 def _answer_on_disk(
     message: Message, context: Context, told: Told, node: NodeSettings, data: DataSettings
 ) -> Message:
-    directory = StateDirectory(Path(node.state_dir))
+    # A SuperNode starts the next message's process while this one's still works, if that took too long.
+    directory = StateDirectory(Path(node.state_dir), message.metadata.ttl)
     try:
         directory.identity()  # makes it a device's, that `fedkit export` and `fedkit client` know
         folder = directory.path / told.federation

@@ -10,6 +10,7 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
+from fedkit.errors import UsageError
 from fedkit.registry import all_names, load
 from fedkit.settings import (
     DataSettings,
@@ -59,5 +60,9 @@ def given(run_config: Mapping[str, Value]) -> tuple[dict[str, Value], str | None
     typed = {name: value for name, value in merge(run_config).items() if value != ""}
     own = {item.name: str(typed.pop(key(item.name), "")) for item in fields(RunConfigSettings)}
     file = read_toml(own["config"]) if own["config"] else {}
-    option = read_overrides(shlex.split(own["option"]))
+    try:
+        words = shlex.split(own["option"])
+    except ValueError as error:
+        raise UsageError(f"option={own['option']!r} can't be read: {error}.") from error
+    option = read_overrides(words)
     return merge(file, option, typed), own["resume"] or None

@@ -26,13 +26,21 @@ class Shards:
 
     def offer(self, node_id: int, present: Collection[int]) -> int:
         """The shard of a node: its own, or one that nobody holds, or else whose holder is gone."""
-        taken = {**self._offered, **self._holder}
+        here = {*present, node_id}
+        known = {**self._offered, **self._holder}
+        # What a node was offered counts against others once the shard's holder is gone.
+        taken = {
+            shard: holder
+            for holders in (self._offered, self._holder)
+            for shard, holder in holders.items()
+            if holder in here
+        }
         for holders in (self._holder, self._offered):
             for shard, holder in holders.items():
                 if holder == node_id and taken[shard] == node_id:
                     return shard
-        free = [shard for shard in range(self._count) if shard not in taken]
-        left = [shard for shard, holder in taken.items() if holder not in present]
+        free = [shard for shard in range(self._count) if shard not in known]
+        left = [shard for shard in known if shard not in taken]
         shard = min(free or left, default=NO_SHARD)
         if shard != NO_SHARD:
             self._offered[shard] = node_id

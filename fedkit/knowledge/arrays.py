@@ -20,11 +20,28 @@ if TYPE_CHECKING:
 # Magic string, version 1.0 and the length of the header: how every array that NumPy saves begins.
 _BEGINNING = struct.Struct("<8sH")
 _VERSION_1 = npy.magic(1, 0)
+_NUMPY = "numpy.ndarray"
 
 
 def as_record(arrays: Mapping[str, NDArray[Any]]) -> ArrayRecord:
     """Named arrays as a record of a message."""
-    return ArrayRecord({name: Array(np.asarray(values)) for name, values in arrays.items()})
+    record = ArrayRecord()
+    for name, values in arrays.items():  # what its constructor is given, it makes anew
+        record[name] = as_array(np.asarray(values))
+    return record
+
+
+def from_state_dict(tensors: Mapping[str, Tensor]) -> ArrayRecord:
+    """A network's named tensors as a record of a message; as ``ArrayRecord(tensors)``, for less."""
+    return as_record({name: one.detach().cpu().numpy() for name, one in tensors.items()})
+
+
+def as_array(values: NDArray[Any]) -> Array:
+    """As ``Array(values)``, to the byte; NumPy writes the description of each kind of array once."""
+    if not values.flags.c_contiguous or values.dtype.hasobject:
+        return Array(values)
+    data = b"".join([_beginning(values.dtype, values.shape), values.data])
+    return Array(str(values.dtype), values.shape, _NUMPY, data)
 
 
 def as_arrays(record: ArrayRecord) -> dict[str, NDArray[Any]]:
@@ -60,6 +77,16 @@ def read_array(name: str, array: Array) -> NDArray[np.generic]:
     return values
 
 
+@lru_cache(maxsize=1024)
+def _beginning(dtype: np.dtype[Any], shape: tuple[int, ...]) -> bytes:
+    """What NumPy saves before the values."""
+    text = BytesIO()
+    npy.write_array_header_1_0(
+        text, {"descr": npy.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    )
+    return text.getvalue()
+
+
 class _Header(NamedTuple):
     shape: tuple[int, ...]
     by_columns: bool
@@ -74,7 +101,7 @@ def _header(text: bytes) -> _Header:
 
 def _values(array: Array) -> NDArray[Any]:
     """As ``Array.numpy``, which raises all that this does."""
-    if array.stype != "numpy.ndarray" or len(array.data) < _BEGINNING.size:
+    if array.stype != _NUMPY or len(array.data) < _BEGINNING.size:
         return array.numpy()
     version, length = _BEGINNING.unpack_from(array.data)
     if version != _VERSION_1:

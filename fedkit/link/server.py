@@ -208,6 +208,9 @@ class LinkServer:
         for node in self._ledger.nodes():
             node.goodbye = {"reason": sentence, "ok": ok}
             _wake(node)
+            if node.lost_at is not None:
+                # Nobody comes back any more, and a thread may wait for its answer.
+                self._ledger.give_up(node, node.lost_at, "the run ended before it came back")
         assert self._server is not None
         # The streams end by themselves once the goodbye is read.
         await self._server.stop(grace=3.0)

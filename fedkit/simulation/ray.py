@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import math
 import os
 import signal
 import threading
@@ -111,7 +112,7 @@ def simulate(
     except BaseException as error:
         ending.tell(_sentence(error) if isinstance(error, RuntimeError) else error)
         if outcome.cancel():
-            raise
+            ending.wait(0.0)  # raises the same here, since nobody else will
     return Result(rundir.path, outcome.result())
 
 
@@ -296,7 +297,10 @@ def _resources(plan: Plan, workers: WorkerSettings, clients: int) -> dict[str, d
     """What Ray has on this machine, and how much of it a client takes; a cluster has what it has."""
     threads = plan.federation.threads
     count = min(workers.workers or max(1, cores() // threads), clients)
-    resources = {"num_cpus": threads, "num_gpus": _gpus(plan) / count}
+    gpus = _gpus(plan)
+    # Of one GPU: Ray takes no share that spans two, nor one and a half.
+    share = 1 / math.ceil(count / gpus) if gpus else 0.0
+    resources = {"num_cpus": threads, "num_gpus": share}
     quiet: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
     if "RAY_ADDRESS" not in os.environ:
         quiet["num_cpus"] = count * threads

@@ -13,6 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +22,8 @@ MEMORY = Path("/dev/shm")
 PREFIX = "fedkit-"
 # Below this a pipe is as fast as a file.
 SMALL = 32_768
+# Of the bundles that this process has written.
+_NUMBERS = count()
 
 
 class Bundle(NamedTuple):
@@ -76,14 +79,16 @@ def bundle(blobs: Sequence[bytes], folder: Path) -> Bundle:
     sizes = tuple(map(len, blobs))
     if sum(sizes) <= SMALL:
         return Bundle("", sizes, tuple(blobs))
-    descriptor, name = tempfile.mkstemp(dir=folder)
+    name = f"{folder}/{os.getpid()}-{next(_NUMBERS)}"
+    descriptor = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     try:
-        with os.fdopen(descriptor, "wb", buffering=0) as file:
-            for blob in blobs:
-                _write(file.fileno(), blob)
+        for blob in blobs:
+            _write(descriptor, blob)
     except OSError:
         Path(name).unlink(missing_ok=True)
         raise
+    finally:
+        os.close(descriptor)
     return Bundle(name, sizes, ())
 
 

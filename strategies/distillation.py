@@ -73,6 +73,10 @@ class DistilHyperparameters:
     workers: int = setting(
         0, "processes of the server that train side by side (0: one for each core)", minimum=0
     )
+    server_device: str = setting(
+        "cpu",
+        "where they train: cpu, cuda (all GPUs in turn), cuda:1, mps, or auto, which takes GPUs if any",
+    )
 
 
 @dataclass(frozen=True)
@@ -88,6 +92,7 @@ class Job:
         temperature: tau; the loss is tau^2 KL(targets || softmax(z / tau)).
         hyper: ``DistilHyperparameters``.
         seed, server_round: what the random numbers come from.
+        device: where it learns, as torch names it.
         by_moments: track no running statistics; whenever the student is to predict it has the mean
             moments of batches of what it learns from.
     """
@@ -102,6 +107,7 @@ class Job:
     outputs: int
     seed: int
     server_round: int
+    device: str = "cpu"
     by_moments: bool = False
 
 
@@ -135,33 +141,36 @@ def distil(job: Job) -> Distilled:
     import torch
 
     from fedkit.models.build import restored
+    from fedkit.models.device import repeatable
     from fedkit.models.losses import kl_divergence
     from fedkit.models.measure import predict
     from fedkit.models.normalisation import batch_moments, untracked
     from fedkit.models.training import endless, make_optimiser, take_steps
     from fedkit.seeds import derive, torch_generator
 
-    hyper, purpose = job.hyper, f"distil/{job.spec}"
+    hyper, purpose, device = job.hyper, f"distil/{job.spec}", torch.device(job.device)
+    repeatable()
     weights = {name: torch.from_numpy(np.array(a)) for name, a in job.weights.items()}
-    student = restored(job.spec, job.samples.shape, job.outputs, weights)
+    student = restored(job.spec, job.samples.shape, job.outputs, weights).to(device)
+    everything = job.samples.to(device)
     order = torch.randperm(
         len(job.samples), generator=torch_generator(job.seed, purpose, round=job.server_round)
     )
     held = _heldout(job)
     scoring, learning = order[:held].sort().values, order[held:].sort().values
-    targets = torch.from_numpy(job.targets)
+    targets = torch.from_numpy(job.targets).to(device)
     loss = kl_divergence(job.temperature, reduction="batchmean", scale=job.temperature**2)
 
-    samples, wanted = job.samples.take(learning), targets[learning]
+    samples, wanted = everything.take(learning), targets[learning]
 
     def score() -> float:
         if job.by_moments:
             batch_moments(student, samples, hyper.server_batch)
         if not held:
             return 0.0
-        scores = predict(student, job.samples.take(scoring))
+        scores = predict(student, everything.take(scoring))
         if hyper.score == "val_acc" and job.labels is not None:
-            right = scores.argmax(dim=1) == torch.from_numpy(job.labels)[scoring]
+            right = scores.argmax(dim=1).cpu() == torch.from_numpy(job.labels)[scoring]
             return float(right.double().mean())
         return -float(loss(scores, targets[scoring]))
 
@@ -171,7 +180,7 @@ def distil(job: Job) -> Distilled:
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, max(hyper.steps, 1))
     generator = torch_generator(job.seed, f"{purpose}/order", round=job.server_round)
     batches = endless(len(learning), hyper.server_batch, generator)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(derive(job.seed, purpose, round=job.server_round))
         while taken < hyper.steps and not (hyper.steps_patience and since >= hyper.steps_patience):
             some = list(islice(batches, min(hyper.check_every, hyper.steps - taken)))
@@ -193,8 +202,8 @@ def distil(job: Job) -> Distilled:
                 best, kept, since = now, _copy(student), 0
     student.load_state_dict(kept)
     return Distilled(
-        weights={name: tensor.numpy() for name, tensor in kept.items()},
-        logits=predict(student, job.samples).numpy(),
+        weights={name: tensor.cpu().numpy() for name, tensor in kept.items()},
+        logits=predict(student, everything).cpu().numpy(),
         steps=taken,
         loss=mean,
         score_before=first,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -25,9 +26,19 @@ class Students:
     """Trains a strategy's students side by side; their weights belong to the strategy's state."""
 
     def __init__(self, strategy: FederatedStrategy) -> None:
-        """``strategy``: its hyper-parameters are ``DistilHyperparameters``."""
+        """Nothing starts yet.
+
+        Args:
+            strategy: its hyper-parameters are ``DistilHyperparameters``.
+
+        Raises:
+            FedkitError: ``server-device`` is not on this machine.
+        """
+        from fedkit.models.device import pick_devices
+
         self._strategy = strategy
         self._workers = Workers(strategy.hyper.workers, strategy.facts.settings.threads)
+        self._devices = pick_devices(strategy.hyper.server_device)
 
     def learn(
         self,
@@ -68,9 +79,10 @@ class Students:
                 outputs=facts.outputs,
                 seed=facts.settings.seed,
                 server_round=server_round,
+                device=str(device),
                 by_moments=by_moments,
             )
-            for spec, weights in students.items()
+            for (spec, weights), device in zip(students.items(), cycle(self._devices), strict=False)
         ]
         learned = dict(zip(students, self._workers.map(distil, jobs), strict=True))
         for spec, done in learned.items():

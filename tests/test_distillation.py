@@ -15,6 +15,7 @@ from test_strategies import assert_close, assert_same_bits, differs, federation,
 from fedkit.data.samples import Samples
 from fedkit.engine.roster import Member
 from fedkit.engine.strategy import FederatedStrategy
+from fedkit.errors import FedkitError
 from fedkit.knowledge.consensus import Consensus
 from fedkit.knowledge.reduction import WeightedMean
 from fedkit.knowledge.softening import softened
@@ -399,6 +400,31 @@ def test_students_tell_how_well_they_learned():
     assert told["student/lenet/score_before"].value == done.score_before
     assert {event.n for event in told.values()} == {24}
     assert {(event.round, event.exchange) for event in told.values()} == {(1, "local")}
+
+
+def test_students_are_dealt_to_the_gpus_in_turn(monkeypatch):
+    gpus = [torch.device("cuda", 0), torch.device("cuda", 1)]
+    monkeypatch.setattr("fedkit.models.device.pick_devices", lambda name: gpus)
+    given = []
+
+    def take(self, work, jobs):
+        given.extend((job.spec, job.device) for job in jobs)
+        return [distil(replace(job, device="cpu")) for job in jobs]
+
+    monkeypatch.setattr("fedkit.engine.workers.Workers.map", take)
+    server = Server(server_device="cuda")
+    start = {
+        spec: numpy_of(server.facts.initial_weights(spec)) for spec in ("lenet", "mlp:8", "mlp:9")
+    }
+    target = consensus_on(24, np.ones(24, dtype=bool))
+    learned = Students(server).learn(1, "local", start, np.arange(24), target, 1.0)
+    assert given == [("lenet", "cuda:0"), ("mlp:8", "cuda:1"), ("mlp:9", "cuda:0")]
+    assert list(learned) == list(start)
+
+
+def test_a_server_device_that_is_not_here_is_named():
+    with pytest.raises(FedkitError, match="no device 'cuda:9'"):
+        Students(Server(server_device="cuda:9"))
 
 
 # Models that came back

@@ -26,6 +26,14 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def pick_devices(name: str) -> list[torch.device]:
+    """As ``pick_device``, for work that can be shared: ``cuda`` and ``auto`` take all GPUs."""
+    device = pick_device(name)
+    if device.type != "cuda" or device.index is not None:
+        return [device]
+    return [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+
+
 def repeatable() -> None:
     """The same seed shall give the same numbers on a GPU, too."""
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False

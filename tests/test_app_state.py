@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 from flower_apps import counting, quickstart
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
@@ -118,8 +120,10 @@ def test_damage_to_what_was_kept_ends_the_client_and_the_server_hears_of_it(fold
     assert decode_message(answer.buffers).error.reason == str(answer.fatal)
 
 
-def test_an_error_in_words_that_are_no_text_is_told(folder):
+def test_an_error_in_words_that_are_no_text_is_told(folder, monkeypatch):
     """As of a file whose name is no UTF-8."""
+    # What pytest captures of a log must be text.
+    monkeypatch.setattr(logging.getLogger("fedkit.apps.membership"), "disabled", True)
 
     def fail(message, context):
         raise FileNotFoundError("pictures/\udce9.png")

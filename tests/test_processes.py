@@ -181,7 +181,8 @@ def test_a_public_set_that_differs_is_refused(tmp_path):
     ],
 )
 def test_no_process_outlives_the_run(how, tmp_path):
-    with Process("run", "--rounds", "50", *SMALL, folder=tmp_path, name="run") as run:
+    two = ("--rounds", "50", "--clients", "2", *SMALL)
+    with Process("run", *two, folder=tmp_path, name="run") as run:
         until(lambda: "round  1/50" in run.text)
         pids = children_of(run.process.pid)
         assert len(pids) == 5  # one server, four clients
@@ -193,7 +194,8 @@ def test_no_process_outlives_the_run(how, tmp_path):
 
 @on_linux
 def test_a_killed_client_ends_the_run_with_its_name(tmp_path):
-    with Process("run", "--rounds", "50", *SMALL, folder=tmp_path, name="run") as run:
+    two = ("--rounds", "50", "--clients", "2", *SMALL)
+    with Process("run", *two, folder=tmp_path, name="run") as run:
         until(lambda: "round  1/50" in run.text)
         pids = children_of(run.process.pid)
         import os
@@ -201,7 +203,7 @@ def test_a_killed_client_ends_the_run_with_its_name(tmp_path):
         os.kill(max(pids), signal.SIGKILL)
         assert run.wait(timeout=30) == 1
         until(lambda: not any(alive(pid) for pid in pids))
-    assert "Client 3 (cnn) failed: it was killed by SIGKILL." in run.text
+    assert "Client 1 (cnn) failed: it was killed by SIGKILL." in run.text
 
 
 def test_a_failed_run_raises_in_python(tmp_path):

@@ -26,6 +26,7 @@ def summary_of(folder):
     return json.loads((folder / "out" / "summary.json").read_text())
 
 
+@pytest.mark.slow
 def test_a_tag_chooses_and_an_unknown_one_is_named(tmp_path):
     server, address = start_server(
         tmp_path, "--select", "tag:lab,moon", "--rounds", "2", "--strategy", "fd", *QUICK

@@ -209,6 +209,7 @@ def test_a_content_that_was_edited_is_sent_as_it_is_then(tmp_path):
     assert not all(np.array_equal(trained[name].numpy(), weights[name].numpy()) for name in weights)
 
 
+@pytest.mark.slow
 def test_the_command_runs_one_and_runs_it_again(tmp_path):
     values = {**KTPFL, "alone": "false", "emulate": "phone-mid"}
     settings = [f"-o{name.replace('_', '-')}={value}" for name, value in values.items()]

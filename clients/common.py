@@ -113,7 +113,7 @@ def client_app(
                 # Which network that is may be told only now, or have been another in between.
                 edge.hold(context, slot, spec)
             mine = edge.models.get(slot)
-            if mine and spec == edge.architecture(slot) and shared.staying(mine, came):
+            if mine is not None and spec == edge.architecture(slot) and shared.staying(mine, came):
                 # With what stays here it is a network of this client's own, which nobody else has.
                 model = shared.completed(mine, came)
                 metrics |= _measures(edge, OWN, model, samples, on_global_test=True)

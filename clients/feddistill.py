@@ -23,6 +23,7 @@ from clients.private import (
 )
 from clients.schedule import observe
 from clients.static_norm import add_statistics
+from fedkit.knowledge.arrays import as_state_dict
 from fedkit.models.losses import Loss, cross_entropy, kl_divergence, soften
 from fedkit.models.measure import predict
 from fedkit.models.training import endless, one_epoch
@@ -91,8 +92,8 @@ def train_copy(message: Message, context: Context) -> Message:
         _teach_teacher(edge, context, OWN, config)
     came = message.content.array_records["arrays"]
     edge.hold(context, COPY, edge.settings.model)
-    copy = edge.models[COPY]
-    shared.load(copy, came.to_torch_state_dict())
+    copy, weights = edge.models[COPY], as_state_dict(came)
+    shared.load(copy, weights)
     share, data = cast(float, config["distill-weight"]), edge.private.train
     targets: tuple[Tensor, ...] = (data.labels,)
     loss: Loss = cross_entropy
@@ -113,7 +114,7 @@ def train_copy(message: Message, context: Context) -> Message:
             loss=loss,
         ).loss
     observe(edge, context, COPY, config, mean)
-    if shared.staying(copy, came.to_torch_state_dict()):
+    if shared.staying(copy, weights):
         edge.keep_statistics(context, COPY)
     arrays = shared.back(copy, came, config)
     return updates.answer(message, context, edge, copy, arrays, {"train_loss": mean})

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedkit.apps.bundle import FlowerApp
-from fedkit.engine.membership import explain, safe_name
+from fedkit.engine.membership import explain, failed, safe_name
 from fedkit.engine.state import FederationState, StateDirectory
 from fedkit.errors import FedkitError
 from fedkit.link.client import Answer
@@ -72,7 +72,7 @@ class AppMembership:
         What the app raises goes to the server as Flower's own node would send it, and this client lives
         on; only when nothing can be kept any more the error ends it.
         """
-        from fedkit.flower import decode_message, encode_message, error_reply
+        from fedkit.flower import decode_message
 
         message = None
         try:
@@ -90,12 +90,7 @@ class AppMembership:
             kept.commit(key, reply, state, (kept.last_round or 0) + 1)
             return Answer(reply)
         except Exception as error:  # whatever an app may have put into its state
-            fatal = explain(error)
-            try:
-                message = message or decode_message(buffers, described=False)
-            except ValueError:
-                raise fatal from error  # there is no answering what can't be read
-            return Answer(encode_message(error_reply(message, str(fatal))), fatal)
+            return failed(error, message, buffers, described=False)
 
     def export(self) -> None:
         """There is nothing of the app's that could be written for others."""

@@ -78,18 +78,9 @@ def serve_app(
     """
     run = _AppRun(plan, show)
     address = run.door.link.listen(plan.server.listen)
-    goodbye, ok = "The server ended: its own code failed.", False
-    try:
+    with run.door.until_over() as over:
         summary = run.to_the_end(server_app, address)
-        goodbye, ok = f"The run of {plan.app} is over.", True
-    except FedkitError as error:
-        goodbye = f"The server ended: {error}"
-        raise
-    except KeyboardInterrupt:
-        goodbye = "The server was stopped before the run was over."
-        raise
-    finally:
-        run.door.close(goodbye, ok=ok)
+        over(f"The run of {plan.app} is over.")
     return Path(plan.server.run_dir), summary
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from fedkit import __version__
+from fedkit.errors import FedkitError
 from fedkit.link.doctor import doctor_handler
 from fedkit.link.frames import PROTOCOL
 from fedkit.link.node import Node
@@ -62,10 +64,27 @@ class Door:
             limit=server.max_message,
         )
 
-    def close(self, goodbye: str, *, ok: bool) -> None:
-        """Say goodbye to everybody, and free the port."""
-        self._services.closing()
-        self.link.close(goodbye, ok=ok)
+    @contextmanager
+    def until_over(self) -> Iterator[Callable[[str], None]]:
+        """Whichever way it is left: say goodbye to everybody, and free the port.
+
+        Yields:
+            What is called with the goodbye of a run that is over.
+        """
+        over: list[str] = []
+        goodbye = "The server ended: its own code failed."
+        try:
+            yield over.append
+        except FedkitError as error:
+            goodbye = f"The server ended: {error}"
+            raise
+        except KeyboardInterrupt:
+            # No end of the run: a service manager shall start the devices again, as it will the server.
+            goodbye = "The server was stopped before the run was over."
+            raise
+        finally:
+            self._services.closing()
+            self.link.close(over[0] if over else goodbye, ok=bool(over))
 
     def _report(self, hello: dict[str, Any]) -> dict[str, Any]:
         return {

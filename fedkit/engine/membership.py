@@ -78,7 +78,7 @@ class Membership:
 
         State and answer are kept together before the answer is given.
         """
-        from fedkit.flower import decode_message, encode_message, error_reply
+        from fedkit.flower import decode_message, encode_message
 
         message = None
         try:
@@ -100,12 +100,7 @@ class Membership:
             state.commit(key, reply, context.state, round)
             return Answer(reply)
         except Exception as error:  # whatever the app raised, the server hears of it first
-            fatal = explain(error)
-            try:
-                message = message or decode_message(buffers)
-            except ValueError:
-                raise fatal from error  # there is no answering what can't be read
-            return Answer(encode_message(error_reply(message, str(fatal))), fatal)
+            return failed(error, message, buffers)
 
     def export(self) -> None:
         """Write the own model as a file that anybody can read."""
@@ -163,6 +158,30 @@ def round_of(message: Message, last_round: int | None) -> int:
             "checkpoints, or start a new run."
         )
     return round
+
+
+def failed(
+    error: Exception, message: Message | None, buffers: list[bytes], *, described: bool = True
+) -> Answer:
+    """The answer that tells the server why this client ends.
+
+    Args:
+        error: what was raised.
+        message: the instruction; None, if it was not read yet.
+        buffers: as which it came, in that case.
+        described: see ``decode_message``.
+
+    Raises:
+        FedkitError: the instruction can't be read, so there is no answering it.
+    """
+    from fedkit.flower import decode_message, encode_message, error_reply
+
+    fatal = explain(error)
+    try:
+        message = message or decode_message(buffers, described=described)
+    except ValueError:
+        raise fatal from error
+    return Answer(encode_message(error_reply(message, str(fatal))), fatal)
 
 
 def explain(error: BaseException) -> FedkitError:

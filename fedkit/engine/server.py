@@ -14,7 +14,6 @@ from fedkit.engine.metrics import Metrics, metrics_address
 from fedkit.engine.nodes import Known, NodeFile, read_nodes
 from fedkit.engine.plan import Plan
 from fedkit.engine.running import Carried, Run
-from fedkit.errors import FedkitError
 from fedkit.rundir import RunDirectory, default_path
 from fedkit.settings import as_config
 
@@ -64,8 +63,7 @@ def serve(
         nodes=known.nodes,
     )
     address = door.link.listen(plan.server.listen)
-    goodbye, ok = "The server ended: its own code failed.", False
-    try:
+    with door.until_over() as over:
         rundir = rundir or RunDirectory(path)
         rundir.write_config(plan.values(), resume=resume)
         rundir.write_text("address", address)
@@ -73,16 +71,7 @@ def serve(
         _log.info("Listening on %s, writing to %s.", address, rundir.path)
         run = _LinkRun(plan, door, lobby, known, rundir, address, listeners)
         summary = run.to_the_end(resume=resume)
-        goodbye, ok = f"The run is over: {summary['stop_reason']}.", True
-    except FedkitError as error:
-        goodbye = f"The server ended: {error}"
-        raise
-    except KeyboardInterrupt:
-        # No end of the run: a service manager shall start the devices again, as it will the server.
-        goodbye = "The server was stopped before the run was over."
-        raise
-    finally:
-        door.close(goodbye, ok=ok)
+        over(f"The run is over: {summary['stop_reason']}.")
     return path, summary
 
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-import secrets
 import time
-from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
 
 from flwr.app import Message, RecordDict
@@ -14,6 +12,7 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 
 from fedkit.engine.grid import EngineGrid
+from fedkit.engine.keys import Keys
 from fedkit.errors import plain
 from fedkit.flower import (
     asking_superlink,
@@ -57,10 +56,8 @@ class FlowerGrid(EngineGrid):
         self._grid = grid
         self._federation, self._settings = federation, settings
         self._shard_of = shard_of
-        # What belongs to no round (joining) is asked anew by each process.
-        self._process = secrets.token_hex(4)
-        self._questions = itertools.count(1)
-        self._in_round: Counter[str] = Counter()
+        # A node that was started anew may have another id, and is still the same client.
+        self._keys = Keys(federation, nodes_last=False)
         self._sent: dict[str, Message] = {}
         self._lost = itertools.count(1)
         self._present: list[int] = []
@@ -73,7 +70,7 @@ class FlowerGrid(EngineGrid):
 
     def begin_round(self) -> None:
         """A round begins, or begins again."""
-        self._in_round.clear()
+        self._keys.begin_round()
 
     def get_node_ids(self) -> Iterable[int]:
         """The nodes of which the SuperLink has heard in the last minute."""
@@ -85,7 +82,7 @@ class FlowerGrid(EngineGrid):
 
     def processes(self) -> dict[int, str]:
         """The same word for every node: a process that goes on with a run asks all of them anew."""
-        return dict.fromkeys(self.get_node_ids(), self._process)
+        return dict.fromkeys(self.get_node_ids(), self._keys.process)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Send messages, taking them from the iterable one at a time; gives their keys."""
@@ -127,7 +124,7 @@ class FlowerGrid(EngineGrid):
     def _push(self, message: Message, ttl: float | None) -> str:
         meta = message.metadata
         shard = self._shard_of(meta.dst_node_id, self._present)
-        told = Told(self._federation, self._key(message), shard, self._settings)
+        told = Told(self._federation, self._keys.key(message), shard, self._settings)
         if ttl is not None:
             # Beyond it the SuperLink does not deliver it, and takes no answer.
             meta.ttl = max(ttl, 0.001)
@@ -146,16 +143,6 @@ class FlowerGrid(EngineGrid):
         set_message_id(message, key)
         self._sent[key] = message
         return key
-
-    def _key(self, message: Message) -> str:
-        meta = message.metadata
-        # Without the node: one that was started anew may have another id, and is still the same client.
-        name = f"{self._federation}/{meta.group_id}/{meta.message_type}"
-        if meta.group_id in ("", "0"):
-            return f"{name}/{self._process}-{next(self._questions)}"
-        of_node = f"{name}/{meta.dst_node_id}"
-        self._in_round[of_node] += 1
-        return f"{name}/{self._in_round[of_node]}"
 
     def _pull(self, keys: list[str]) -> list[Message]:
         lost = [key for key in keys if key.startswith("lost-")]

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
-import secrets
 import time
-from collections import Counter
 from collections.abc import Iterable, Iterator
 
 from flwr.app import Message, RecordDict
 
 from fedkit.engine.grid import EngineGrid
+from fedkit.engine.keys import Keys
 from fedkit.errors import plain
 from fedkit.flower import (
     decode_message,
@@ -25,27 +23,18 @@ from fedkit.link.spool import Reply
 
 
 class LinkGrid(EngineGrid):
-    """Messages by key over a ``LinkServer``.
-
-    A key names an instruction for good: federation, round, kind, client, and which of that kind it is
-    in the round. A round that is repeated, by this process or by one that goes on from a checkpoint,
-    gives the same keys; a client that has done its part then answers from memory.
-    """
+    """Messages by key (see ``Keys``) over a ``LinkServer``."""
 
     def __init__(self, link: LinkServer, federation: str) -> None:
         """A grid over ``link``, in the federation of that id."""
         self._link = link
-        self._federation = federation
-        # What belongs to no round (joining) is asked anew by each process.
-        self._process = secrets.token_hex(4)
-        self._questions = itertools.count(1)
-        self._in_round: Counter[str] = Counter()
+        self._keys = Keys(federation, nodes_last=True)
         self._contents = Contents()
         self._sent: dict[str, Message] = {}
 
     def begin_round(self) -> None:
         """A round begins, or begins again."""
-        self._in_round.clear()
+        self._keys.begin_round()
         self._contents.clear()
 
     def get_node_ids(self) -> Iterable[int]:
@@ -96,21 +85,13 @@ class LinkGrid(EngineGrid):
 
     def _push(self, message: Message, deadline: float | None) -> str:
         meta = message.metadata
-        key = self._key(message)
+        key = self._keys.key(message)
         set_message_id(message, key)
         parcel = self._contents.parcel(message)
         message.content = RecordDict()  # only the envelope is needed from here on
         self._sent[key] = message
         self._link.send(meta.dst_node_id, key, parcel, meta.message_type, deadline)
         return key
-
-    def _key(self, message: Message) -> str:
-        meta = message.metadata
-        name = f"{self._federation}/{meta.group_id}/{meta.message_type}/{meta.dst_node_id}"
-        if meta.group_id in ("", "0"):
-            return f"{name}/{self._process}-{next(self._questions)}"
-        self._in_round[name] += 1
-        return f"{name}/{self._in_round[name]}"
 
     def _reply(self, key: str, result: Reply | Lost) -> Message:
         sent = self._sent.pop(key)

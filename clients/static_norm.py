@@ -16,7 +16,7 @@ from torch import nn
 from clients import shared
 from clients.common import global_model, reply
 from clients.edge import OWN, Edge, edge_of
-from fedkit.knowledge.arrays import as_arrays
+from fedkit.knowledge.arrays import as_arrays, from_state_dict
 from fedkit.models.levels import label, levels_of, read_levels
 from fedkit.models.narrow import at_width
 from fedkit.models.normalisation import batch_moments
@@ -74,5 +74,5 @@ def add_statistics(app: ClientApp, networks: Networks = one) -> None:
         for name, network in networks(edge, message):
             size = cast(int, config["batch-size"])
             moments, batches = batch_moments(network, edge.private.train, size)
-            records[name] = ArrayRecord(dict(moments))
+            records[name] = from_state_dict(moments)
         return reply(message, edge, {"batches": batches}, records)

@@ -22,6 +22,7 @@ from fedkit.data.names import OWN
 from fedkit.engine.events import Event
 from fedkit.engine.strategy import Aggregated, FederatedStrategy, ServerModels, Sizes, Traffic
 from fedkit.errors import UsageError
+from fedkit.knowledge.arrays import from_state_dict
 from fedkit.models.build import restored
 from fedkit.models.losses import cross_entropy
 from fedkit.models.moments import give_moments, moments_of
@@ -140,4 +141,4 @@ class Central(FederatedStrategy):
         if hyper.keep_optimiser:
             self.state.moments = moments_of(optimiser)
         self.emit(Event("metric", server_round, "train", None, "train_loss", loss, len(pool)))
-        return ArrayRecord(model.state_dict()), None
+        return from_state_dict(model.state_dict()), None

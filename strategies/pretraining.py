@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import safetensors.numpy
-from flwr.app import Array, ArrayRecord
+from flwr.app import ArrayRecord
 
 from fedkit import __version__
 from fedkit.durable import make_folder, write_whole
 from fedkit.engine.strategy import Facts
 from fedkit.engine.workers import Workers
+from fedkit.knowledge.arrays import as_record
 from fedkit.settings import setting
 
 if TYPE_CHECKING:
@@ -171,5 +172,4 @@ def _read(file: Path) -> ArrayRecord | None:
 
 def _record(blob: bytes) -> ArrayRecord:
     # Sorted, because safetensors gives them in any order.
-    arrays = sorted(safetensors.numpy.load(blob).items())
-    return ArrayRecord({name: Array(value) for name, value in arrays})
+    return as_record(dict(sorted(safetensors.numpy.load(blob).items())))

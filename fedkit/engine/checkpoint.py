@@ -19,13 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.numpy
-from flwr.app import Array, ArrayRecord
+from flwr.app import ArrayRecord
 from safetensors import SafetensorError
 
 from fedkit.durable import checksum_of, make_folder, sync_folder, write_json, write_whole
 from fedkit.engine.roster import Member
 from fedkit.engine.strategy_state import load_state, save_state
 from fedkit.errors import FedkitError
+from fedkit.knowledge.arrays import as_record
 
 SCHEMA = 2
 STRATEGY, ARRAYS, ABOUT = "strategy.safetensors", "arrays.safetensors", "checkpoint.json"
@@ -164,7 +165,7 @@ def _read(folder: Path) -> Checkpoint:
         present=tuple(map(int, about["present"])),
     )
     # In the order in which the network has them, which safetensors does not keep.
-    arrays = ArrayRecord({name: Array(named[name]) for name in about["names"]})
+    arrays = as_record({name: named[name] for name in about["names"]})
     return Checkpoint(folder, progress, arrays)
 
 

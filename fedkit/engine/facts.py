@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from threadpoolctl import threadpool_limits
 from torch import nn
 
@@ -22,7 +22,7 @@ from fedkit.durable import make_folder
 from fedkit.engine.plan import Plan
 from fedkit.engine.roster import NothingToSend
 from fedkit.engine.strategy import Facts, ServerModels
-from fedkit.knowledge.arrays import as_arrays
+from fedkit.knowledge.arrays import as_arrays, as_record
 from fedkit.models.build import restored
 from fedkit.models.files import about_of, save_model
 from fedkit.models.measure import measure
@@ -170,8 +170,7 @@ class ServerView:
     @cached_property
     def _public_record(self) -> ArrayRecord:
         # One for all who lack it.
-        arrays = self.data.public_set.arrays(labels=self._settings.public_labels)
-        return ArrayRecord({name: Array(one) for name, one in arrays.items()})
+        return as_record(self.data.public_set.arrays(labels=self._settings.public_labels))
 
     def measure(self, models: ServerModels, also: Also = _nothing) -> MetricRecord | None:
         """Accuracy and loss of the server's networks on the common test set.

@@ -18,6 +18,7 @@ from flwr.serverapp.strategy import Result, Strategy
 
 from fedkit.engine.events import Event, Listener
 from fedkit.engine.roster import Member
+from fedkit.knowledge.arrays import from_state_dict
 from fedkit.settings import FederationSettings, Value, as_config, build, key
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ class Facts:
 
         seed = self.settings.seed
         model = build_model(spec, self.public.shape, self.outputs, seed)
-        return ArrayRecord(model.state_dict())
+        return from_state_dict(model.state_dict())
 
 
 class NetworkSize(NamedTuple):

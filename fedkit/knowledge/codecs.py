@@ -13,11 +13,11 @@ from functools import lru_cache
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
-from flwr.app import Array, ArrayRecord
+from flwr.app import ArrayRecord
 from numpy.typing import NDArray
 
 from fedkit.errors import UsageError
-from fedkit.knowledge.arrays import read_array
+from fedkit.knowledge.arrays import as_record, read_array
 from fedkit.registry import load, split
 
 Logits: TypeAlias = NDArray[np.float32]
@@ -120,7 +120,7 @@ def refuse_argument(name: str, argument: str | None) -> None:
 def pack(codec: str, logits: Logits) -> ArrayRecord:
     """Logits as a record in a message."""
     encoded = make_codec(codec).encode(logits)
-    return ArrayRecord({name: Array(np.ascontiguousarray(a)) for name, a in encoded.items()})
+    return as_record({name: np.ascontiguousarray(a) for name, a in encoded.items()})
 
 
 def payload_bytes(codec: str, rows: int, classes: int) -> int:

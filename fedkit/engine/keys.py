@@ -1,4 +1,4 @@
-"""Names for instructions: a round that is repeated gives the same, so that what was done is not done again."""
+"""Names for instructions: a round that is repeated gives the same, and what was done is not done again."""
 
 from __future__ import annotations
 

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import logging
 import signal
 import socket
 import subprocess
@@ -65,8 +64,6 @@ def cli(tmp_path, monkeypatch, capfd) -> Iterator[Callable[..., Done]]:
 
     yield call
     signal.signal(signal.SIGTERM, handler)
-    logging.captureWarnings(False)
-    logging.getLogger("fedkit").setLevel(logging.NOTSET)
 
 
 def squeezed(text: str) -> str:

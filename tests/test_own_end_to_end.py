@@ -120,6 +120,7 @@ def test_a_stranger_among_the_classes_is_told_and_the_server_goes_on_waiting(fol
     pictures(folders / "three" / "mine", range(800, 850))
     (folders / "three" / "mine" / "seven").rename(folders / "three" / "mine" / "Seven")
     with server(folders, port, "--rounds", "1", name="waits") as serving:
+        until((folders / "waits" / "address").exists)
         with client(folders, "three", port, "--model", "lenet") as refused:
             assert refused.wait() == 1
             assert "'Seven', which this federation does not know" in refused.text

@@ -1,4 +1,4 @@
-"""The one place that touches Flower's internals, so that an upgrade breaks in one known place.
+"""With ``flower_records`` the one place that touches Flower's internals: an upgrade breaks here.
 
 Flower's own protobuf describes a message; the arrays' bytes, which are encoded already, travel beside
 it and are copied neither into the protobuf nor out of it (44 MB through ``message_to_proto`` alone
@@ -20,17 +20,12 @@ from typing import Any, cast
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, Context, Error, Message, Metadata, RecordDict
+from flwr.app import Context, Error, Message, Metadata, RecordDict
 from flwr.app.message import make_message
 from flwr.common.config import flatten_dict, fuse_dicts, get_project_config, parse_config_args
 from flwr.common.constant import ErrorCode
-from flwr.common.serde import (
-    message_from_proto,
-    message_to_proto,
-    recorddict_from_proto,
-    recorddict_to_proto,
-)
-from flwr.common.serde_utils import metadata_to_proto
+from flwr.common.serde import message_to_proto
+from flwr.common.serde_utils import error_from_proto, metadata_from_proto, metadata_to_proto
 from flwr.proto.message_pb2 import Message as ProtoMessage
 from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
 from flwr.supercore.constant import SYSTEM_MESSAGE_TYPE
@@ -39,9 +34,9 @@ from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedkit.errors import FedkitError
+from fedkit.flower_records import check_description, describe, restore
 
 SERVER_NODE_ID = 1
-MOST_DIMENSIONS = 64
 _COUNT = struct.Struct(">I")
 Buffers = list[bytes]
 Scalar = bool | int | float | str
@@ -123,8 +118,8 @@ def encode_message(message: Message) -> Buffers:
 
 def encode_content(content: RecordDict) -> Buffers:
     """The part of a message's buffers that does not hang on who gets it: made once for a broadcast."""
-    skeleton, blobs = _strip(content)
-    return [ProtoMessage(content=recorddict_to_proto(skeleton)).SerializeToString(), *blobs]
+    described, blobs = describe(content)
+    return [ProtoMessage(content=described).SerializeToString(), *blobs]
 
 
 def parts_of(content: RecordDict) -> dict[str, Any]:
@@ -154,31 +149,32 @@ def decode_message(buffers: Sequence[bytes], *, described: bool = True) -> Messa
         raise ValueError("an empty message")
     head, *blobs = buffers
     try:
-        message = message_from_proto(ProtoMessage.FromString(head))
+        proto = ProtoMessage.FromString(head)
+        metadata = metadata_from_proto(proto.metadata)
+        failed = error_from_proto(proto.error) if proto.HasField("error") else None
+        content = None
+        if proto.HasField("content"):
+            content = restore(proto.content, blobs, checked=described)
+        elif blobs:
+            raise ValueError("it carries arrays and has no content")
+        return make_message(metadata, content, failed)
     except Exception as error:  # protobuf and Flower raise many kinds for foreign bytes
         raise ValueError(f"not a Flower message: {error}") from error
-    if message.has_content():
-        _fill(message.content, blobs, described)
-    elif blobs:
-        raise ValueError("a message without content carries arrays")
-    return message
 
 
 def encode_records(records: RecordDict) -> Buffers:
     """Records without a message, as kept on disk."""
-    skeleton, blobs = _strip(records)
-    return as_file([recorddict_to_proto(skeleton).SerializeToString(), *blobs])
+    described, blobs = describe(records)
+    return as_file([described.SerializeToString(), *blobs])
 
 
 def decode_records(data: bytes | bytearray | memoryview) -> RecordDict:
     """The records that ``encode_records`` wrote; ``ValueError`` if the bytes are none."""
     head, *blobs = from_file(data)
     try:
-        records = recorddict_from_proto(ProtoRecordDict.FromString(head))
+        return restore(ProtoRecordDict.FromString(head), blobs, checked=False)
     except Exception as error:
         raise ValueError(f"not Flower records: {error}") from error
-    _fill(records, blobs, described=False)
-    return records
 
 
 def payload_bytes(message: Message) -> int:
@@ -196,7 +192,7 @@ def check_arrays(records: RecordDict) -> None:
     """Raise ``ValueError`` if an array of a reply is described as larger than its bytes, or as no array."""
     for record in records.array_records.values():
         for name, array in record.items():
-            _check_description(name, array, len(array.data))
+            check_description(name, array, len(array.data))
 
 
 @contextmanager
@@ -273,48 +269,6 @@ def load_component(reference: str, folder: Path) -> Any:
         Exception: whatever importing the module raises.
     """
     return load_app(reference, NoSuchAttribute, folder)
-
-
-def _strip(records: RecordDict) -> tuple[RecordDict, list[bytes]]:
-    skeleton, blobs = RecordDict(), []
-    for name, record in records.items():
-        if not isinstance(record, ArrayRecord):
-            skeleton[name] = record
-            continue
-        bare = ArrayRecord()
-        for array_name, array in record.items():
-            bare[array_name] = Array(array.dtype, array.shape, array.stype, b"")
-            blobs.append(array.data)
-        skeleton[name] = bare
-    return skeleton, blobs
-
-
-def _fill(records: RecordDict, blobs: Sequence[bytes], described: bool) -> None:
-    arrays = [
-        (name, array)
-        for record in records.values()
-        if isinstance(record, ArrayRecord)
-        for name, array in record.items()
-    ]
-    if len(arrays) != len(blobs):
-        raise ValueError(f"{len(arrays)} arrays are described, {len(blobs)} came")
-    for (name, array), blob in zip(arrays, blobs, strict=True):
-        if described:
-            _check_description(name, array, len(blob))
-        array.data = blob
-
-
-def _check_description(name: str, array: Array, length: int) -> None:
-    try:
-        size = np.dtype(array.dtype).itemsize
-    except Exception as error:  # NumPy parses the text, and fails in many ways
-        raise ValueError(f"{name} is of the unknown type {array.dtype!r}") from error
-    shape = array.shape
-    if len(shape) > MOST_DIMENSIONS or any(extent < 0 for extent in shape):
-        raise ValueError(f"{name} has {len(shape)} dimensions, or less than nothing in one")
-    # Sizes are counted and reported before anybody looks into the bytes.
-    if math.prod(shape) * size > length:
-        raise ValueError(f"{name} is described as larger than its {length} bytes")
 
 
 def as_file(buffers: Sequence[bytes]) -> Buffers:

@@ -14,6 +14,8 @@ from flwr.app import Array, ArrayRecord
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
+from fedkit.flower_records import new_array
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -41,7 +43,7 @@ def as_array(values: NDArray[Any]) -> Array:
     if not values.flags.c_contiguous or values.dtype.hasobject:
         return Array(values)
     data = b"".join([_beginning(values.dtype, values.shape), values.data])
-    return Array(str(values.dtype), values.shape, _NUMPY, data)
+    return new_array(_name(values.dtype), values.shape, _NUMPY, data)
 
 
 def as_arrays(record: ArrayRecord) -> dict[str, NDArray[Any]]:
@@ -75,6 +77,10 @@ def read_array(name: str, array: Array) -> NDArray[np.generic]:
             f"{array.dtype} {tuple(array.shape)}"
         )
     return values
+
+
+# NumPy puts a dtype's name together each time.
+_name = lru_cache(maxsize=64)(str)
 
 
 @lru_cache(maxsize=1024)

@@ -34,7 +34,8 @@ def build_model(spec: str, shape: Shape, classes: int, seed: int, client: int = 
         FedkitError: the user's own function failed.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive(seed, "model", client))
+        # Not torch.manual_seed: generators of GPUs would be seeded as well, and are not restored here.
+        torch.default_generator.manual_seed(derive(seed, "model", client))
         return drawn_now(spec, shape, classes)
 
 

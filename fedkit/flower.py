@@ -19,7 +19,6 @@ from typing import Any, cast
 
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 
-import numpy as np
 from flwr.app import Context, Error, Message, Metadata, RecordDict
 from flwr.app.message import make_message
 from flwr.common.config import flatten_dict, fuse_dicts, get_project_config, parse_config_args
@@ -34,7 +33,7 @@ from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedkit.errors import FedkitError
-from fedkit.flower_records import check_description, describe, restore
+from fedkit.flower_records import check_description, describe, itemsize, restore
 
 SERVER_NODE_ID = 1
 _COUNT = struct.Struct(">I")
@@ -182,7 +181,7 @@ def payload_bytes(message: Message) -> int:
     if not message.has_content():
         return 0
     return sum(
-        math.prod(array.shape) * np.dtype(array.dtype).itemsize
+        math.prod(array.shape) * itemsize(array.dtype)
         for record in message.content.array_records.values()
         for array in record.values()
     )

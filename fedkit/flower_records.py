@@ -7,7 +7,8 @@ three times over, and looks into each argument of each.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, MetricRecord, RecordDict
@@ -28,6 +29,19 @@ def new_array(dtype: str, shape: tuple[int, ...], stype: str, data: bytes) -> Ar
     array = Array.__new__(Array)
     array.__dict__.update(dtype=dtype, shape=shape, stype=stype, data=data)
     return array
+
+
+def new_record(arrays: Mapping[str, Array]) -> ArrayRecord:
+    """As ``ArrayRecord(arrays)``, which copies each."""
+    record = ArrayRecord()
+    record.__dict__["_data"].update(arrays)
+    return record
+
+
+@lru_cache(maxsize=64)
+def itemsize(dtype: str) -> int:
+    """Bytes of one value; NumPy raises many kinds for what is no type's name."""
+    return np.dtype(dtype).itemsize
 
 
 def describe(records: RecordDict) -> tuple[ProtoRecordDict, list[bytes]]:
@@ -66,14 +80,14 @@ def restore(described: ProtoRecordDict, blobs: Sequence[bytes], *, checked: bool
     for item in described.items:
         kind = item.WhichOneof("value")
         if kind == "array_record":
-            record = ArrayRecord()
+            arrays = {}
             for entry in item.array_record.items:
                 value, blob = entry.value, next(left)
                 array = new_array(value.dtype, tuple(value.shape), value.stype, blob)
                 if checked:
                     check_description(entry.key, array, len(blob))
-                record[entry.key] = array
-            records[item.key] = record
+                arrays[entry.key] = array
+            records[item.key] = new_record(arrays)
         elif kind == "metric_record":
             records[item.key] = metric_record_from_proto(item.metric_record)
         elif kind == "config_record":
@@ -88,7 +102,7 @@ def restore(described: ProtoRecordDict, blobs: Sequence[bytes], *, checked: bool
 def check_description(name: str, array: Array, length: int) -> None:
     """Raise ``ValueError`` if an array is described as larger than so many bytes, or as no array."""
     try:
-        size = np.dtype(array.dtype).itemsize
+        size = itemsize(array.dtype)
     except Exception as error:  # NumPy parses the text, and fails in many ways
         raise ValueError(f"{name} is of the unknown type {array.dtype!r}") from error
     shape = array.shape

@@ -14,7 +14,7 @@ from flwr.app import Array, ArrayRecord
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
-from fedkit.flower_records import new_array
+from fedkit.flower_records import new_array, new_record
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,10 +27,7 @@ _NUMPY = "numpy.ndarray"
 
 def as_record(arrays: Mapping[str, NDArray[Any]]) -> ArrayRecord:
     """Named arrays as a record of a message."""
-    record = ArrayRecord()
-    for name, values in arrays.items():  # what its constructor is given, it makes anew
-        record[name] = as_array(np.asarray(values))
-    return record
+    return new_record({name: as_array(np.asarray(values)) for name, values in arrays.items()})
 
 
 def from_state_dict(tensors: Mapping[str, Tensor]) -> ArrayRecord:

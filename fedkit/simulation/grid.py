@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import signal
 import sys
@@ -28,7 +29,7 @@ from fedkit.flower import (
     set_message_id,
 )
 from fedkit.registry import load
-from fedkit.simulation.sharing import Bundle, bundle, discard, unbundle
+from fedkit.simulation.sharing import SMALL, Bundle, bundle, discard, unbundle
 from fedkit.simulation.worker import Done, Equipment, Task, work
 
 # How far ahead of the workers instructions are made, so that a client finds the worker that holds it.
@@ -40,8 +41,8 @@ ENDING_S = 5.0
 class _Worker:
     process: BaseProcess
     pipe: Connection
-    # By client.
-    at_work: dict[int, _Job] = field(default_factory=dict)
+    # What it was given, by client: it works on the first, and finds the next when that is done.
+    given: list[dict[int, _Job]] = field(default_factory=list)
 
 
 @dataclass
@@ -112,6 +113,7 @@ class SimulationGrid(EngineGrid):
         if fork:
             load("clients", equipment.strategy)
             import_module("torch._dynamo")  # as the first optimiser would: seconds, in each worker
+            gc.freeze()  # a worker's collector need not look at what was there before
         context: Any = multiprocessing.get_context("fork" if fork else "spawn")
         try:
             for _ in range(workers):
@@ -176,7 +178,7 @@ class SimulationGrid(EngineGrid):
                 order.extend(job.key for job in jobs)
                 waiting.extend(self._together(jobs))
             for number, worker in enumerate(self._workers):
-                if not worker.at_work and (chosen := self._choose(number, waiting)):
+                while self._has_room(worker, waiting) and (chosen := self._choose(number, waiting)):
                     self._give(worker, number, chosen)
             while order and order[0] in done:
                 yield done.pop(order.popleft())
@@ -185,7 +187,9 @@ class SimulationGrid(EngineGrid):
                 return
             for worker in self._ready():
                 came = self._receive(worker)
-                job = worker.at_work.pop(came.client)
+                job = worker.given[0].pop(came.client)
+                if not worker.given[0]:
+                    del worker.given[0]
                 done[job.key] = self._reply(job, came)
                 until = max(until, came.at)
                 self._worked(job.sent.metadata.message_type)
@@ -234,12 +238,30 @@ class SimulationGrid(EngineGrid):
             groups += [group[at : at + size] for at in range(0, len(group), size)]
         return groups
 
+    def _has_room(self, worker: _Worker, waiting: Sequence[list[_Job]]) -> bool:
+        """Whether it has nothing to do, or nothing to do next.
+
+        A worker need not wait then until what it did is read. The last are given one at a time, so that
+        all end together; and large ones, since two that write to each other what neither reads would
+        wait for ever.
+        """
+        if not worker.given:
+            return True
+        plenty = len(waiting) >= 2 * len(self._workers)
+        return (
+            plenty
+            and len(worker.given) == 1
+            and max(sum(map(_piped, group)) for group in waiting) <= SMALL
+        )
+
     def _choose(self, number: int, waiting: deque[list[_Job]]) -> list[_Job]:
         """Clients that this worker holds, or nobody; at the end anybody's, so that none is idle.
 
         Nobody, if all are at work: who is asked twice does one after the other.
         """
-        free, taken = [], {client for worker in self._workers for client in worker.at_work}
+        free, taken = [], set[int]()
+        for worker in self._workers:
+            taken.update(*worker.given)
         for group in waiting:
             clients = {job.client for job in group}
             if taken.isdisjoint(clients):
@@ -260,15 +282,15 @@ class SimulationGrid(EngineGrid):
             version = self._version.get(job.client, 0)
             self._version[job.client] = version + 1
             self._holder[job.client] = number
-            worker.at_work[job.client] = job
             tasks.append(Task(job.client, version, job.head, job.content.arrays, self.now))
+        worker.given.append({job.client: job for job in jobs})
         try:
             worker.pipe.send(tasks)
         except (BrokenPipeError, ConnectionResetError):
             raise self._died(worker) from None
 
     def _ready(self) -> list[_Worker]:
-        by_pipe = {worker.pipe: worker for worker in self._workers if worker.at_work}
+        by_pipe = {worker.pipe: worker for worker in self._workers if worker.given}
         return [by_pipe[pipe] for pipe in wait(list(by_pipe)) if isinstance(pipe, Connection)]
 
     def _receive(self, worker: _Worker) -> Done:
@@ -301,9 +323,13 @@ class SimulationGrid(EngineGrid):
         worker.process.join(ENDING_S)
         status = worker.process.exitcode or 0
         how = f"killed by {signal.Signals(-status).name}" if status < 0 else f"ended with {status}"
-        whom = ", ".join(map(self._names, worker.at_work))
+        whom = ", ".join(map(self._names, *worker.given[:1]))
         whom = f" at work for {whom}" if whom else ""
         return FedkitError(
             f"A worker process{whom} was {how}: if memory ran out, take fewer --workers or a smaller "
             "--live-clients."
         )
+
+
+def _piped(job: _Job) -> int:
+    return len(job.head) + sum(map(len, job.content.arrays.carried))

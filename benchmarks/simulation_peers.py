@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo  # the first optimiser imports it, for seconds: no part of a round of any side
 from torch.nn import functional
 
 from fedkit.data.splits import FederatedData, cut

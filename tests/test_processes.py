@@ -181,11 +181,10 @@ def test_a_public_set_that_differs_is_refused(tmp_path):
     ],
 )
 def test_no_process_outlives_the_run(how, tmp_path):
-    two = ("--rounds", "50", "--clients", "2", *SMALL)
-    with Process("run", *two, folder=tmp_path, name="run") as run:
+    with Process("run", "--rounds", "50", *SMALL, folder=tmp_path, name="run") as run:
         until(lambda: "round  1/50" in run.text)
         pids = children_of(run.process.pid)
-        assert len(pids) == 3  # one server, two clients
+        assert len(pids) == 5  # one server, four clients
         run.process.send_signal(how)
         status = run.wait()
         assert status == (-9 if how is signal.SIGKILL else 130)

@@ -86,13 +86,14 @@ def test_the_ratio_follows_the_true_one():
 def test_strangers_get_a_low_ratio_and_copies_a_high_one(seed, dimensions):
     rng = np.random.default_rng(seed)
     private = rng.standard_normal((40, dimensions))
-    strangers = rng.standard_normal((40, dimensions)) + 8
+    # At 8 the outermost of two dimensions come near each other once in some thousand draws.
+    strangers = rng.standard_normal((40, dimensions)) + 12
     public = torch.from_numpy(np.concatenate([private, strangers]))
     basis = torch.from_numpy(rng.permutation(80))
     ratio = density_ratio(torch.from_numpy(private), public, basis, WIDTH)
     # Half of the public samples are the private ones: their share there is twice what it is here.
     assert float(ratio[:40].min()) > 0.5
-    assert float(ratio[40:].max()) < 0.03
+    assert float(ratio[40:].max()) < 0.001
 
 
 def test_the_ratio_does_not_depend_on_units_or_on_order():

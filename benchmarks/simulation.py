@@ -33,12 +33,12 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 PARTS = ("updates", "start", "engine", "memory")
 SIMULATE = (sys.executable, "-P", "-m", "fedkit", "--quiet", "simulate", "--no-keep-models")
-KTPFL = "--strategy ktpfl --clients 1000 --models lenet -o local-epochs=1 -o public-samples=1000"
+KTPFL = "--strategy ktpfl --clients 1000 --rounds 3 --models lenet -o local-epochs=1 -o public-samples=1000"
 FEDAVG = (
     "--strategy fedavg --select uniform:50 --num-shards 50 --partition iid --rounds 3 --no-alone"
 )
 RUNS = {
-    "KT-pFL, 1,000 clients": f"{KTPFL} --models lenet",
+    "KT-pFL, 1,000 clients": KTPFL,
     "FedAvg, 50 clients": f"{FEDAVG} --clients 50 --model lenet --eval-every 3",
     "FedAvg, 50 of 1,000,000": f"{FEDAVG} --clients 1000000 --model lenet --eval-every 3",
 }
@@ -122,11 +122,13 @@ def _turns(
             command = [sys.executable, str(HERE / "simulation_peers.py"), side, json.dumps(work)]
             ran = subprocess.run(
                 command,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
                 env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)},
-                check=True,
+                check=False,
             )
+            if ran.returncode:
+                raise SystemExit(f"{ran.stderr}{' '.join(command)} ended with {ran.returncode}.")
             came = json.loads(ran.stdout.splitlines()[-1])
             rounds[side] += came["rounds"]
             firsts[side].append(came["first"])

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from clients import memory
 from clients.edge import Edge, Work, edge_of
+from fedkit.flower_records import record_in
 from fedkit.knowledge import codecs
 from fedkit.models.device import random_states, set_random_states
 from fedkit.models.measure import measure
@@ -201,7 +202,7 @@ def _begin(app: ClientApp, message: Message, context: Context, edge: Edge) -> fl
     # A handler that can't be left in mid-work has done it all: its answer waits for the decision.
     for name, record in answer.items():
         context.state[f"{KEPT}answer/{name}"] = record
-    metrics = answer.metric_records.get("metrics", MetricRecord())
+    metrics = record_in(answer, "metrics", MetricRecord)
     return cast(float, metrics.get("train_loss", _measured(edge, edge.own)))
 
 

@@ -19,7 +19,7 @@ from typing import Any, cast
 
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 
-from flwr.app import Context, Error, Message, Metadata, RecordDict
+from flwr.app import ArrayRecord, Context, Error, Message, Metadata, RecordDict
 from flwr.app.message import make_message
 from flwr.common.config import flatten_dict, fuse_dicts, get_project_config, parse_config_args
 from flwr.common.constant import ErrorCode
@@ -161,6 +161,21 @@ def decode_message(buffers: Sequence[bytes], *, described: bool = True) -> Messa
         raise ValueError(f"not a Flower message: {error}") from error
 
 
+def decode_content(buffers: Sequence[bytes]) -> RecordDict:
+    """The content that ``encode_content`` wrote.
+
+    Raises:
+        ValueError: an array is described as larger than its bytes, or as no array.
+    """
+    described, *blobs = buffers
+    return restore(ProtoMessage.FromString(described).content, blobs, checked=True)
+
+
+def decode_envelope(head: bytes, content: RecordDict) -> Message:
+    """The message that ``encode_envelope`` wrote, with its content, which was read before."""
+    return make_message(metadata_from_proto(ProtoMessage.FromString(head).metadata), content)
+
+
 def encode_records(records: RecordDict) -> Buffers:
     """Records without a message, as kept on disk."""
     described, blobs = describe(records)
@@ -182,7 +197,8 @@ def payload_bytes(message: Message) -> int:
         return 0
     return sum(
         math.prod(array.shape) * itemsize(array.dtype)
-        for record in message.content.array_records.values()
+        for record in message.content.values()
+        if isinstance(record, ArrayRecord)
         for array in record.values()
     )
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from typing import Any, TypeVar
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from flwr.common.serde import (
     config_record_from_proto,
     config_record_to_proto,
@@ -22,6 +23,7 @@ from flwr.proto.recorddict_pb2 import Array as ProtoArray
 from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
 
 MOST_DIMENSIONS = 64
+Record = TypeVar("Record", ArrayRecord, ConfigRecord, MetricRecord)
 
 
 def new_array(dtype: str, shape: tuple[int, ...], stype: str, data: bytes) -> Array:
@@ -36,6 +38,12 @@ def new_record(arrays: Mapping[str, Array]) -> ArrayRecord:
     record = ArrayRecord()
     record.__dict__["_data"].update(arrays)
     return record
+
+
+def record_in(records: RecordDict, name: str, kind: type[Record]) -> Record:
+    """The record of that name and kind, or an empty one: Flower's views by kind copy all there are."""
+    record = records.get(name)
+    return record if isinstance(record, kind) else kind()
 
 
 @lru_cache(maxsize=64)
@@ -97,6 +105,21 @@ def restore(described: ProtoRecordDict, blobs: Sequence[bytes], *, checked: bool
     if sum(len(one) for one in records.values() if isinstance(one, ArrayRecord)) != count:
         raise ValueError("two arrays have one name")
     return records
+
+
+def copied(records: RecordDict) -> RecordDict:
+    """The same records once more: what somebody does to these is not seen in those."""
+    others = records.copy()
+    for name, record in records.items():
+        other = record.copy()
+        values: dict[str, Any] = other.__dict__["_data"]
+        for key, value in values.items():
+            if isinstance(value, Array):
+                values[key] = new_array(value.dtype, value.shape, value.stype, value.data)
+            elif isinstance(value, list):
+                values[key] = value.copy()
+        others.__dict__["_data"][name] = other
+    return others
 
 
 def check_description(name: str, array: Array, length: int) -> None:

@@ -32,6 +32,8 @@ from fedkit.errors import FedkitError, UsageError
 from fedkit.settings import Value, read_toml
 
 SCHEMA = 1
+# `json.dumps` makes an encoder for each line where one is not its default.
+_as_json = json.JSONEncoder(allow_nan=False).encode
 
 
 def default_path(strategy: str) -> Path:
@@ -77,7 +79,7 @@ class RunDirectory:
         # JSON has no word for what a diverging model gives.
         if isinstance(event.value, float) and not math.isfinite(event.value):
             fields["value"] = None
-        line = json.dumps(fields, allow_nan=False)
+        line = _as_json(fields)
         try:
             self._metrics.write(line + "\n")
             self._metrics.flush()

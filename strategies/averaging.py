@@ -8,6 +8,7 @@ from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 
 from fedkit.engine.roster import Member
 from fedkit.engine.strategy import FederatedStrategy
+from fedkit.flower_records import record_in
 from fedkit.knowledge.arrays import as_record
 from fedkit.knowledge.reduction import Arrays, NothingToAverage, weighted_mean
 from strategies.robust import NoiseWeights
@@ -52,7 +53,7 @@ def average(models: Iterable[tuple[float, Arrays]]) -> ArrayRecord | None:
 
 
 def _examples(content: RecordDict, member: Member) -> float:
-    record = content.metric_records.get("metrics", MetricRecord())
+    record = record_in(content, "metrics", MetricRecord)
     examples = record.get("num-examples")
     if not isinstance(examples, int) or not 0 <= examples <= member.examples:
         raise ValueError(

@@ -22,6 +22,7 @@ from flwr.serverapp import Grid
 from fedkit.engine.events import Event
 from fedkit.engine.roster import Member
 from fedkit.errors import UsageError
+from fedkit.flower_records import record_in
 from fedkit.seeds import numpy_generator
 from fedkit.settings import FederationSettings, Value, setting
 from strategies.fedavg import FedAvg, FedAvgHyperparameters, FedAvgState
@@ -163,7 +164,7 @@ class FedProx(FedAvg):
         """The replies that are to be averaged; on the way, what they tell of the loss."""
         for reply in replies:
             for member, content in self.answers([reply]):
-                told = content.metric_records.get("metrics", MetricRecord())
+                told = record_in(content, "metrics", MetricRecord)
                 loss = told.get("loss_before")
                 wanted = self.hyper.adaptive_mu
                 if wanted and isinstance(loss, float) and 0 <= loss <= LARGEST:

@@ -28,6 +28,7 @@ from fedkit.engine.events import Event
 from fedkit.engine.roster import Member
 from fedkit.engine.strategy import Aggregated
 from fedkit.errors import UsageError
+from fedkit.flower_records import record_in
 from fedkit.knowledge.arrays import as_record
 from fedkit.knowledge.reduction import Arrays, weighted_mean
 from fedkit.settings import FederationSettings, Value, key, setting
@@ -175,7 +176,7 @@ class FlowerStrategy(FedAvg):
         """The replies; on the way, the training loss that each tells, by client."""
         for reply in replies:
             for member, content in self.answers([reply]):
-                loss = content.metric_records.get("metrics", MetricRecord()).get(LOSS)
+                loss = record_in(content, "metrics", MetricRecord).get(LOSS)
                 known = isinstance(loss, int | float) and np.isfinite(loss) and loss >= 0
                 losses[member.client] = float(loss) if known else 0.0  # type: ignore[arg-type]
             yield reply

@@ -33,6 +33,7 @@ from fedkit.engine.strategy import (
     Traffic,
 )
 from fedkit.errors import UsageError
+from fedkit.flower_records import record_in
 from fedkit.knowledge.arrays import as_arrays, as_record
 from fedkit.knowledge.held import HeldMean, Indices, unpack_classes
 from fedkit.knowledge.reduction import Arrays
@@ -227,7 +228,7 @@ class HeteroFL(FederatedStrategy):
     def answers(self, replies: Iterable[Message]) -> Iterator[tuple[Member, RecordDict]]:
         """The replies, noting which classes their clients hold."""
         for member, content in super().answers(replies):
-            record = content.config_records.get("held", ConfigRecord())
+            record = record_in(content, "held", ConfigRecord)
             self._held[member.client] = record.get("classes")
             yield member, content
 

@@ -15,6 +15,7 @@ from fedkit.engine.events import Event
 from fedkit.engine.roster import Member
 from fedkit.engine.strategy import FederatedStrategy, Sizes, Traffic
 from fedkit.errors import FedkitError, UsageError
+from fedkit.flower_records import record_in
 from fedkit.knowledge import codecs, rows, subset
 from fedkit.knowledge.codecs import Logits
 from fedkit.knowledge.consensus import Consensus, Upload
@@ -133,7 +134,7 @@ class PublicRound(FederatedStrategy):
             FedkitError: an upload is bad, and ``on_bad=error``.
         """
         for member, content in self.answers(replies):
-            if content.config_records.get("answer", ConfigRecord()).get("silent") is True:
+            if record_in(content, "answer", ConfigRecord).get("silent") is True:
                 continue  # it has nothing to say about any row of this subset
             try:
                 yield member, self._upload(member, content, indices)
@@ -204,7 +205,7 @@ class PublicRound(FederatedStrategy):
         told = []
         for reply in replies:
             if reply.has_content():
-                told.append(reply.content.metric_records.get("metrics", MetricRecord()))
+                told.append(record_in(reply.content, "metrics", MetricRecord))
             yield reply
         entropy = None
         if target is not None and self.space_of(self.hyper) == "prob":
@@ -212,7 +213,7 @@ class PublicRound(FederatedStrategy):
         self.watch.look(server_round, exchange, told, entropy)
 
     def _upload(self, member: Member, content: RecordDict, indices: Indices) -> Upload:
-        answer = content.config_records.get("answer", ConfigRecord())
+        answer = record_in(content, "answer", ConfigRecord)
         if answer.get("subset-digest") != subset.digest(indices):
             raise ValueError("it answers another public subset")
         record = content.array_records.get("logits")

@@ -22,6 +22,7 @@ from flwr.app import MetricRecord, RecordDict
 from fedkit.engine.events import Event
 from fedkit.engine.roster import Member
 from fedkit.engine.strategy import FederatedStrategy
+from fedkit.flower_records import record_in
 from fedkit.settings import setting
 
 # How far above the median is usual, and how fast the weight falls beyond.
@@ -60,7 +61,7 @@ class NoiseWeights:
 
     def take(self, member: Member, content: RecordDict) -> None:
         """Note what a client told; who has one class only tells nothing, and is not judged."""
-        told = content.metric_records.get("metrics", MetricRecord()).get("unexplained")
+        told = record_in(content, "metrics", MetricRecord).get("unexplained")
         if isinstance(told, float) and 0 <= told <= LARGEST:
             self._told[member.client] = told
 

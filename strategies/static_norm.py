@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from fedkit.engine.events import Event
 from fedkit.engine.roster import Member
 from fedkit.engine.strategy import Aggregated, Exchange, FederatedStrategy
+from fedkit.flower_records import record_in
 from fedkit.knowledge.arrays import as_record, read_array
 from fedkit.knowledge.reduction import Arrays, WeightedMean
 from strategies.buffers import Travelling
@@ -147,7 +148,7 @@ def gathered(
 
 
 def _batches(content: RecordDict, member: Member) -> int:
-    batches = content.metric_records.get("metrics", MetricRecord()).get("batches")
+    batches = record_in(content, "metrics", MetricRecord).get("batches")
     if not isinstance(batches, int) or not 0 <= batches <= member.examples:
         raise ValueError(f"it says that it has {batches!r} batches of {member.examples} samples")
     return batches

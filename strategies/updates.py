@@ -13,7 +13,8 @@ from fedkit.engine.events import Event
 from fedkit.engine.roster import Member
 from fedkit.engine.strategy import FederatedStrategy, NetworkSize, Traffic
 from fedkit.errors import UsageError
-from fedkit.knowledge.arrays import read_array
+from fedkit.flower_records import record_in
+from fedkit.knowledge.arrays import name_of, read_array
 from fedkit.knowledge.reduction import Arrays
 from fedkit.knowledge.relevance import read_threshold
 from fedkit.knowledge.updates import compressed, make_update_codec, sent_bytes
@@ -92,8 +93,10 @@ class Reading:
     def skipped(self, member: Member, content: RecordDict, sent: ArrayRecord) -> bool:
         """Whether a reply says that its update is not relevant, and holds none."""
         self._answers += 1
-        told = content.metric_records.get("metrics", MetricRecord()).get("skipped")
-        skipped = bool(self._hyper.relevance) and told == 1 and not content.array_records
+        if not self._hyper.relevance:
+            return False
+        told = record_in(content, "metrics", MetricRecord).get("skipped")
+        skipped = told == 1 and not content.array_records
         if skipped:
             names = self._strategy.parameters_of(member)
             self._skipped += 1
@@ -113,7 +116,7 @@ class Reading:
         others = ArrayRecord({name: array for name, array in sent.items() if name not in before})
         came = read_arrays(content.array_records.get("arrays"), others)
         try:
-            record = content.array_records.get("update", ArrayRecord())
+            record = record_in(content, "update", ArrayRecord)
             update = self._codec.decode(record, [array.shape for array in before.values()])
         except ValueError as error:
             codec = self._hyper.update_codec
@@ -142,7 +145,7 @@ def read_arrays(record: ArrayRecord | None, wanted: ArrayRecord) -> Arrays:
     arrays: Arrays = {}
     for name, array in record.items():
         values, model = read_array(name, array), wanted[name]
-        if values.shape != tuple(model.shape) or str(values.dtype) != model.dtype:
+        if values.shape != tuple(model.shape) or name_of(values.dtype) != model.dtype:
             raise ValueError(
                 f"{name} is {values.dtype} {values.shape}, not {model.dtype} {tuple(model.shape)}"
             )

@@ -21,6 +21,8 @@ from hypothesis.extra import numpy as npst
 
 from fedkit.flower import (
     as_file,
+    decode_content,
+    decode_envelope,
     decode_message,
     decode_records,
     encode_content,
@@ -34,6 +36,7 @@ from fedkit.flower import (
     take_identity,
     unavailable_reply,
 )
+from fedkit.flower_records import copied, record_in
 from fedkit.knowledge.arrays import read_array
 
 names = st.text(max_size=6)
@@ -178,6 +181,47 @@ def test_envelope_and_content_made_apart_are_the_message(records):
     message = instruction(RecordDict(records))
     description, *blobs = encode_content(message.content)
     assert encode_message(message) == [encode_envelope(message) + description, *blobs]
+
+
+@settings(deadline=None)
+@given(record_dicts)
+def test_envelope_and_content_read_apart_are_the_message(records):
+    message = instruction(RecordDict(records))
+    content = decode_content(encode_content(message.content))
+    back = decode_envelope(encode_envelope(message), content)
+    assert described(back.content) == described(message.content)
+    assert vars(back.metadata) == vars(message.metadata)
+
+
+@settings(deadline=None)
+@given(record_dicts)
+def test_what_is_done_to_copied_records_is_not_seen_in_the_others(records):
+    records = RecordDict(records)
+    before = described(records)
+    other = copied(records)
+    assert described(other) == before
+    for record in other.values():
+        for value in record.values():
+            if isinstance(value, Array):
+                value.data, value.shape = b"", (9,)
+            elif isinstance(value, list):
+                value.clear()
+        record.clear()
+    other["new"] = MetricRecord({"x": 1})
+    assert described(records) == before
+
+
+@settings(deadline=None)
+@given(record_dicts, names)
+def test_a_record_is_found_by_name_and_kind_as_in_flowers_views(records, name):
+    records = RecordDict(records)
+    for kind, view in (
+        (ArrayRecord, records.array_records),
+        (ConfigRecord, records.config_records),
+        (MetricRecord, records.metric_records),
+    ):
+        for one in (name, *records):
+            assert record_in(records, one, kind) == view.get(one, kind())
 
 
 def test_a_content_behind_two_envelopes_is_two_messages():

@@ -23,7 +23,7 @@ from fedkit.errors import FedkitError, UsageError
 from fedkit.models.batched import Verdict
 from fedkit.registry import split
 from fedkit.settings import as_config
-from fedkit.simulation import rendezvous
+from fedkit.simulation import rendezvous, sharing
 from fedkit.simulation.grid import SimulationGrid
 from fedkit.simulation.progress import SimulationBar
 from fedkit.simulation.sharing import SMALL, bundle, discard, shared_folder, unbundle
@@ -296,6 +296,32 @@ def test_arrays_come_out_of_a_bundle_as_they_went_in(tmp_path_factory, sizes, se
     assert bool(one.file) == (sum(sizes) > SMALL)
     discard(one)
     assert not list(folder.iterdir())
+
+
+def test_a_system_that_moves_few_bytes_at_a_time_moves_all(tmp_path, monkeypatch):
+    blobs = [b"", bytes(range(256)) * 200, b"x", b"", b"yz" * 17]
+    write, read = os.writev, os.read
+    monkeypatch.setattr(os, "writev", lambda to, some: write(to, [b"".join(some)[:1000]]))
+    monkeypatch.setattr(os, "read", lambda of, size: read(of, min(size, 999)))
+    monkeypatch.setattr(sharing, "MOST_AT_ONCE", 2)
+    one = bundle(blobs, tmp_path)
+    assert one.file
+    assert unbundle(one) == blobs
+    os.truncate(one.file, sum(map(len, blobs)) - 1)
+    with pytest.raises(OSError, match="ends before"):
+        unbundle(one)
+
+
+def test_what_a_client_remembers_may_become_less(tmp_path):
+    store = Store(tmp_path)
+    large = RecordDict({"model": ArrayRecord({"w": Array(np.arange(9000.0))})})
+    small = RecordDict({"model": ArrayRecord({"w": Array(np.arange(3.0))})})
+    for state in (large, small, large):
+        store.keep(7, state)
+        (kept,) = store.recall(7).array_records["model"].values()
+        (wanted,) = state.array_records["model"].values()
+        assert np.array_equal(kept.numpy(), wanted.numpy())
+    assert store.known() == [7]
 
 
 def test_what_a_killed_process_shared_is_removed_by_the_next_and_what_is_in_use_is_not(tmp_path):

@@ -11,6 +11,7 @@ from flwr.app import ConfigRecord, Message, MetricRecord
 from fedkit.engine.events import APART, Event, Listener
 from fedkit.engine.seen import LONGEST_S
 from fedkit.flower import is_failure, payload_bytes
+from fedkit.flower_records import record_in
 
 METRICS_TAKEN, LONGEST_NAME = 500, 200
 # By node id, the client's index.
@@ -63,9 +64,10 @@ class Observed:
                 continue
             self.answered += 1
             self._tell("bytes", client, "bytes_up", payload_bytes(reply))
-            for record in reply.content.metric_records.values():
-                emit_metrics(self._emit, self._round, self._name, client, record)
-            timing = reply.content.config_records.get("timing", ConfigRecord())
+            for record in reply.content.values():
+                if isinstance(record, MetricRecord):
+                    emit_metrics(self._emit, self._round, self._name, client, record)
+            timing = record_in(reply.content, "timing", ConfigRecord)
             for name, value in self._times(node, reply, timing).items():
                 self._tell("timing", client, name, value)
             yield reply

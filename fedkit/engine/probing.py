@@ -21,6 +21,7 @@ from fedkit.engine.round_grid import RoundGrid
 from fedkit.engine.seen import LONGEST_S, PROBE
 from fedkit.engine.selection import Probe
 from fedkit.engine.strategy import Aggregated, Exchange
+from fedkit.flower_records import record_in
 
 # What a client says of itself is bounded: what selectors compute of all must not hang on one.
 LARGEST_LOSS, LARGEST_BYTES = 1e6, 1 << 48
@@ -97,8 +98,8 @@ def as_probes(messages: Iterable[Message]) -> Iterator[Message]:
 
 def read_probe(content: RecordDict) -> Probe:
     """What a client told of its probe; NaN and 0 stand for what it did not tell, or can't be meant."""
-    told = content.metric_records.get("metrics", MetricRecord())
-    timing = content.config_records.get("timing", ConfigRecord())
+    told = record_in(content, "metrics", MetricRecord)
+    timing = record_in(content, "timing", ConfigRecord)
     size = told.get("upload-bytes")
     return Probe(
         loss=_number(told.get("probe_loss"), -LARGEST_LOSS, LARGEST_LOSS),

@@ -301,12 +301,14 @@ class _Identity:
 
 def mark(state: RecordDict, name: str) -> Any:
     """What tells whether a record has changed: the bytes of an array can't, but may be replaced."""
-    if name in state.array_records:
+    from flwr.app import ArrayRecord
+
+    record = state[name]
+    if isinstance(record, ArrayRecord):
         return [
             (key, array.dtype, tuple(array.shape), array.stype, _Identity(array.data))
-            for key, array in state.array_records[name].items()
+            for key, array in record.items()
         ]
-    record = state[name]
     return type(record).__name__, [(key, repr(value)) for key, value in record.items()]
 
 

@@ -211,7 +211,14 @@ class FederatedStrategy(Strategy):
 
     def config(self, server_round: int) -> ConfigRecord:
         """What goes with every instruction: the round and all hyper-parameters."""
-        return ConfigRecord({**as_config(self.hyper), "server-round": server_round})
+        config = self._hyper_config.copy()
+        config["server-round"] = server_round
+        return config
+
+    @cached_property
+    def _hyper_config(self) -> ConfigRecord:
+        # Flower looks into each value of a new one, and each client is told all of them.
+        return ConfigRecord({**as_config(self.hyper)})
 
     def members(self, grid: Grid) -> Sequence[Member]:
         """Who takes part in this round, in client order."""

@@ -40,7 +40,7 @@ def as_array(values: NDArray[Any]) -> Array:
     if not values.flags.c_contiguous or values.dtype.hasobject:
         return Array(values)
     data = b"".join([_beginning(values.dtype, values.shape), values.data])
-    return new_array(_name(values.dtype), values.shape, _NUMPY, data)
+    return new_array(name_of(values.dtype), values.shape, _NUMPY, data)
 
 
 def as_arrays(record: ArrayRecord) -> dict[str, NDArray[Any]]:
@@ -77,7 +77,7 @@ def read_array(name: str, array: Array) -> NDArray[np.generic]:
 
 
 # NumPy puts a dtype's name together each time.
-_name = lru_cache(maxsize=64)(str)
+name_of = lru_cache(maxsize=64)(str)
 
 
 @lru_cache(maxsize=1024)

@@ -7,6 +7,7 @@ averages through this file.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -56,7 +57,7 @@ class WeightedMean:
                 np.maximum(total, array, out=total)
             else:
                 # In place, also for what has no dimensions.
-                np.add(total, weight * array.astype(np.float64), out=total)
+                np.add(total, np.multiply(array, weight, dtype=np.float64), out=total)
 
     def result(self) -> Arrays:
         """The mean.
@@ -82,6 +83,7 @@ def weighted_mean(pairs: Iterable[tuple[float, Mapping[str, NDArray[np.generic]]
     return mean.result()
 
 
+@lru_cache(maxsize=64)
 def is_integer(dtype: np.dtype[np.generic]) -> bool:
     """Whether arrays of that dtype count something, and have no mean."""
     return np.issubdtype(dtype, np.integer)

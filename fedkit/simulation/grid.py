@@ -22,7 +22,7 @@ from fedkit.engine.grid import EngineGrid
 from fedkit.engine.roster import Member
 from fedkit.errors import FedkitError
 from fedkit.flower import (
-    decode_message,
+    decode_content,
     encode_content,
     encode_envelope,
     parts_of,
@@ -200,7 +200,7 @@ class SimulationGrid(EngineGrid):
         set_message_id(message, key)
         shared = self._share(message.content)
         shared.users += 1
-        head = encode_envelope(message) + shared.description
+        head = encode_envelope(message)
         client = message.metadata.dst_node_id - self._first
         message.content = RecordDict()  # only the envelope is needed from here on
         return _Job(key, client, message, head, shared)
@@ -282,7 +282,10 @@ class SimulationGrid(EngineGrid):
             version = self._version.get(job.client, 0)
             self._version[job.client] = version + 1
             self._holder[job.client] = number
-            tasks.append(Task(job.client, version, job.head, job.content.arrays, self.now))
+            content = job.content
+            tasks.append(
+                Task(job.client, version, job.head, content.description, content.arrays, self.now)
+            )
         worker.given.append({job.client: job for job in jobs})
         try:
             worker.pipe.send(tasks)
@@ -314,10 +317,7 @@ class SimulationGrid(EngineGrid):
         self._let_go(job.content)
         blobs = unbundle(came.arrays)
         discard(came.arrays)
-        reply = decode_message([came.head, *blobs])
-        if reply.has_error():
-            raise FedkitError(f"{self._names(job.client)} failed: {reply.error.reason}")
-        return Message(reply.content, reply_to=job.sent)
+        return Message(decode_content([came.description, *blobs]), reply_to=job.sent)
 
     def _died(self, worker: _Worker) -> FedkitError:
         worker.process.join(ENDING_S)
@@ -332,4 +332,5 @@ class SimulationGrid(EngineGrid):
 
 
 def _piped(job: _Job) -> int:
-    return len(job.head) + sum(map(len, job.content.arrays.carried))
+    content = job.content
+    return len(job.head) + len(content.description) + sum(map(len, content.arrays.carried))

@@ -1,19 +1,18 @@
 """Messages between processes of one machine: arrays lie in files in memory, the rest goes through a pipe.
 
-What goes to many clients is written once. A file is read where it is mapped, and its bytes are copied only
-into the arrays that somebody keeps.
+What goes to many clients is written once, and read once by each worker.
 """
 
 from __future__ import annotations
 
 import fcntl
-import mmap
 import os
 import shutil
 import tempfile
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import count
+from itertools import count, islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +21,8 @@ MEMORY = Path("/dev/shm")
 PREFIX = "fedkit-"
 # Below this a pipe is as fast as a file.
 SMALL = 32_768
+# POSIX allows for no more than 16, Linux and macOS for 1,024.
+MOST_AT_ONCE = os.sysconf("SC_IOV_MAX")
 # Of the bundles that this process has written.
 _NUMBERS = count()
 
@@ -82,8 +83,7 @@ def bundle(blobs: Sequence[bytes], folder: Path) -> Bundle:
     name = f"{folder}/{os.getpid()}-{next(_NUMBERS)}"
     descriptor = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     try:
-        for blob in blobs:
-            _write(descriptor, blob)
+        write_all(descriptor, blobs)
     except OSError:
         Path(name).unlink(missing_ok=True)
         raise
@@ -96,15 +96,12 @@ def unbundle(bundle: Bundle) -> list[bytes]:
     """The arrays' bytes."""
     if not bundle.file:
         return list(bundle.carried)
-    blobs, start = [], 0
-    with (
-        Path(bundle.file).open("rb") as file,
-        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view,
-    ):
-        for size in bundle.sizes:
-            blobs.append(view[start : start + size])
-            start += size
-    return blobs
+    descriptor = os.open(bundle.file, os.O_RDONLY)
+    try:
+        # To map the file would cost a fault for each of its pages.
+        return [_read(descriptor, size) for size in bundle.sizes]
+    finally:
+        os.close(descriptor)
 
 
 def discard(bundle: Bundle) -> None:
@@ -113,7 +110,30 @@ def discard(bundle: Bundle) -> None:
         Path(bundle.file).unlink(missing_ok=True)
 
 
-def _write(descriptor: int, blob: bytes) -> None:
-    view = memoryview(blob)
-    while view:
-        view = view[os.write(descriptor, view) :]
+def _read(descriptor: int, size: int) -> bytes:
+    blob = os.read(descriptor, size)
+    if len(blob) == size:
+        return blob
+    # A system call moves no more than 2 GB.
+    parts, left = [blob], size - len(blob)
+    while left:
+        parts.append(os.read(descriptor, left))
+        if not parts[-1]:
+            raise OSError("a bundle ends before its arrays do")
+        left -= len(parts[-1])
+    return b"".join(parts)
+
+
+def write_all(descriptor: int, blobs: Sequence[bytes]) -> None:
+    """Write one behind the other, in as few calls as the system takes them.
+
+    Raises:
+        OSError: there is no room.
+    """
+    left = deque(memoryview(blob) for blob in blobs if blob)
+    while left:
+        written = os.writev(descriptor, list(islice(left, MOST_AT_ONCE)))
+        while left and written >= len(left[0]):
+            written -= len(left.popleft())
+        if written:
+            left[0] = left[0][written:]

@@ -5,11 +5,13 @@ Nothing here outlives the run, so nothing is synced: it is memory that happens t
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from flwr.app import RecordDict
 
 from fedkit.flower import decode_records, encode_records
+from fedkit.simulation.sharing import write_all
 
 
 class Store:
@@ -25,13 +27,15 @@ class Store:
         Raises:
             OSError: the disk is full.
         """
-        # A new file, not the old one anew or renamed over: ext4 would write that to the disk at once.
-        self._file(client).unlink(missing_ok=True)
-        with self._file(client).open("xb", buffering=0) as file:
-            for part in encode_records(state):
-                view = memoryview(part)
-                while view:
-                    view = view[file.write(view) :]
+        parts = encode_records(state)
+        # Over what is there: a file that was cut to nothing first, or another that took its name, ext4
+        # would write to the disk at once.
+        descriptor = os.open(self._file(client), os.O_WRONLY | os.O_CREAT, 0o600)
+        try:
+            write_all(descriptor, parts)
+            os.ftruncate(descriptor, sum(map(len, parts)))
+        finally:
+            os.close(descriptor)
 
     def recall(self, client: int) -> RecordDict:
         """A client's state; empty before its first instruction."""

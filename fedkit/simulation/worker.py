@@ -22,7 +22,14 @@ from fedkit.devices.profiles import Profile
 from fedkit.engine.membership import explain
 from fedkit.engine.state import mark
 from fedkit.engine.workers import end_with_parent
-from fedkit.flower import decode_message, encode_message, new_context, take_identity
+from fedkit.flower import (
+    decode_content,
+    decode_envelope,
+    encode_content,
+    new_context,
+    take_identity,
+)
+from fedkit.flower_records import copied
 from fedkit.registry import load
 from fedkit.settings import Value
 from fedkit.simulation.rendezvous import Rendezvous
@@ -36,14 +43,16 @@ class Task(NamedTuple):
     Attributes:
         client: its index.
         version: how often it has been at work; a worker that holds it as it was then need not read.
-        head: the message without its arrays.
-        arrays: its arrays.
+        head: the message without its content.
+        description: the content without its arrays.
+        arrays: these.
         at: the simulated time at which it is sent, in seconds.
     """
 
     client: int
     version: int
     head: bytes
+    description: bytes
     arrays: Bundle
     at: float
 
@@ -53,7 +62,7 @@ class Done(NamedTuple):
 
     Attributes:
         client: whose.
-        head, arrays: the reply.
+        description, arrays: the content of the reply.
         at: the simulated time at which that has come.
         failed: the sentence of an error of the client's own code; empty if there was none.
         trace: its traceback.
@@ -61,7 +70,7 @@ class Done(NamedTuple):
     """
 
     client: int
-    head: bytes
+    description: bytes
     arrays: Bundle
     at: float
     failed: str = ""
@@ -127,7 +136,7 @@ class _Worker:
         self._app: ClientApp = load("clients", equipment.strategy)
         self._store = Store(equipment.store)
         self._live: OrderedDict[int, _Live] = OrderedDict()
-        self._last: tuple[str, list[bytes]] = ("", [])
+        self._last: tuple[bytes, Bundle, RecordDict] | None = None
 
     def do(self, tasks: list[Task]) -> Iterator[Done]:
         """Work on them, of one client each; what is done is given at once."""
@@ -144,15 +153,16 @@ class _Worker:
         """Work on it; whatever the client's code raises is told and not raised."""
         try:
             live = self._take(task)
-            message = decode_message([task.head, *self._arrays(task.arrays)])
+            message = decode_envelope(task.head, self._content(task))
             take_identity(live.context.node_id)
             answer, at = self._answer(task, message, live.context)
-            head, *blobs = encode_message(answer)
+            if answer.has_error():
+                return _failed(task, answer.error.reason or "it gave no reason")
+            description, *blobs = encode_content(answer.content)
             self._give_back(task.client, live)
-            return Done(task.client, head, bundle(blobs, self._equipment.shared), at)
+            return Done(task.client, description, bundle(blobs, self._equipment.shared), at)
         except Exception as error:  # whatever somebody's code raises, the run shall say whose
-            told = "".join(traceback.format_exception(error))
-            return Done(task.client, b"", Bundle("", (), ()), task.at, str(explain(error)), told)
+            return _failed(task, str(explain(error)), "".join(traceback.format_exception(error)))
 
     def _answer(self, task: Task, message: Message, context: Context) -> tuple[Message, float]:
         kinds = self._equipment.profiles
@@ -164,11 +174,12 @@ class _Worker:
         clock.advance(task.at)
         return emulation.work(self._app, message, context), clock.now
 
-    def _arrays(self, arrays: Bundle) -> list[bytes]:
+    def _content(self, task: Task) -> RecordDict:
         # The same goes to many: it is read once.
-        if not arrays.file or arrays.file != self._last[0]:
-            self._last = (arrays.file, unbundle(arrays))
-        return self._last[1]
+        if self._last is None or self._last[:2] != (task.description, task.arrays):
+            content = decode_content([task.description, *unbundle(task.arrays)])
+            self._last = task.description, task.arrays, content
+        return copied(self._last[2])
 
     def _take(self, task: Task) -> _Live:
         live = self._live.pop(task.client, None)
@@ -191,6 +202,10 @@ class _Worker:
             self._store.keep(client, live.context.state)
             live.marks = now
         live.version += 1
+
+
+def _failed(task: Task, sentence: str, trace: str = "") -> Done:
+    return Done(task.client, b"", Bundle("", (), ()), task.at, sentence, trace)
 
 
 def _marks(state: RecordDict) -> dict[str, Any]:

@@ -85,6 +85,15 @@ class Client:
             yield from torch.randperm(len(self._labels)).split(batch)
 
 
+def network(shape: tuple[int, ...], outputs: int) -> torch.nn.Module:
+    """The LeNet, pooled by torch as anybody would."""
+    model = build_model("lenet", shape, outputs, seed=1)
+    for name, module in model.named_children():
+        if isinstance(module, torch.nn.MaxPool2d):
+            setattr(model, name, torch.nn.MaxPool2d(2))
+    return model
+
+
 def bare(work: dict[str, Any], folder: str) -> dict[str, Any]:
     """One process for each core, of one thread, which trains its share of the clients in memory."""
     context = multiprocessing.get_context("fork")
@@ -114,7 +123,7 @@ def _bare_share(work: dict[str, Any], folder: str, at: int, starts: list[Any]) -
     torch.set_num_threads(1)
     data = _data(json.dumps(work), folder)
     clients = [Client(data, one) for one in range(at, work["clients"], work["cores"])]
-    model = build_model("lenet", data.shape, data.outputs, seed=1)
+    model = network(data.shape, data.outputs)
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     for _ in range(work["rounds"] + 1):
         starts[0].wait()
@@ -154,7 +163,7 @@ def ray(work: dict[str, Any], folder: str) -> dict[str, Any]:
 
     logging.getLogger("flwr").setLevel(logging.ERROR)
     data = _data(json.dumps(work), folder)
-    model = build_model("lenet", data.shape, data.outputs, seed=1)
+    model = network(data.shape, data.outputs)
     everybody, ends = work["clients"], []
 
     def took(server_round: int, arrays: ArrayRecord) -> MetricRecord | None:

@@ -8,9 +8,7 @@ import os
 import torch
 from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
-from simulation_peers import client_of
-
-from fedkit.models.build import build_model
+from simulation_peers import client_of, network
 
 client_app = ClientApp()
 
@@ -22,7 +20,7 @@ def train(message: Message, context: Context) -> Message:
     work = json.loads(os.environ["SIMULATION_WORK"])
     folder = work.pop("folder")
     client = client_of(json.dumps(work), folder, int(context.node_config["partition-id"]))
-    model = build_model("lenet", client.shape, client.outputs, seed=1)
+    model = network(client.shape, client.outputs)
     model.load_state_dict(message.content["arrays"].to_torch_state_dict())
     client.train(model, work["steps"], work["batch"])
     content = {

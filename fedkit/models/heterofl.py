@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from fedkit.errors import UsageError
 from fedkit.models.arguments import norm_and_depth, split_width
+from fedkit.models.pooling import HalvingMaxPool2d
 from fedkit.models.reads import image_shape
 
 HIDDEN = (64, 128, 256, 512)
@@ -42,7 +43,7 @@ def heterofl_cnn(shape: tuple[int, ...], classes: int, argument: str | None = No
             nn.Conv2d(channels, hidden, 3, padding=1),
             _norm(name, norm, hidden),
             nn.ReLU(),
-            nn.MaxPool2d(2),
+            HalvingMaxPool2d(),
         ]
         channels = hidden
     layers[-1] = nn.AdaptiveAvgPool2d(1)

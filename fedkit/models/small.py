@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from fedkit.errors import UsageError
 from fedkit.models.arguments import no_argument, one_of, sizes
+from fedkit.models.pooling import HalvingMaxPool2d
 from fedkit.models.reads import check_numbers, image_shape
 
 # Below this an unpadded 3x3 convolution, twice with pooling, leaves nothing for a third one.
@@ -27,11 +28,11 @@ def lenet(shape: tuple[int, ...], classes: int, argument: str | None = None) -> 
         nn.Conv2d(channels, 6, 5, padding=2),
         *_norm(argument, 6),
         nn.ReLU(),
-        nn.MaxPool2d(2),
+        HalvingMaxPool2d(),
         nn.Conv2d(6, 16, 5, padding=2),
         *_norm(argument, 16),
         nn.ReLU(),
-        nn.MaxPool2d(2),
+        HalvingMaxPool2d(),
         nn.Flatten(),
         nn.Linear(flat, 120),
         nn.ReLU(),
@@ -51,10 +52,10 @@ def cnn(shape: tuple[int, ...], classes: int, argument: str | None = None) -> nn
     return nn.Sequential(
         nn.Conv2d(channels, 32, 3, padding=1),
         nn.ReLU(),
-        nn.MaxPool2d(2),
+        HalvingMaxPool2d(),
         nn.Conv2d(32, 64, 3, padding=1),
         nn.ReLU(),
-        nn.MaxPool2d(2),
+        HalvingMaxPool2d(),
         nn.Flatten(),
         nn.Linear(64 * (height // 4) * (width // 4), 128),
         nn.ReLU(),
@@ -122,7 +123,7 @@ def _feddistill(
         layers += [nn.Conv2d(channels, outputs, 3, padding=padding), nn.ReLU()]
         height, width = height - 2 + 2 * padding, width - 2 + 2 * padding
         if number < 2:
-            layers.append(nn.MaxPool2d(2))
+            layers.append(HalvingMaxPool2d())
             height, width = height // 2, width // 2
         channels = outputs
     layers.append(nn.Flatten())

@@ -194,7 +194,9 @@ def _build(context: Context) -> Edge:
     _keep_to_budget(edge, context)
     for slot in (OWN, ALONE) if settings.alone else (OWN,):
         edge.remake(context, slot)
-    try_one_batch(edge.own, _two(edge), edge.outputs, edge.model_name)
+    # A simulation knows whom it has at work again: its network was tried, and code and data are the same.
+    if not getattr(context, "_fedkit_tried", False):
+        try_one_batch(edge.own, _two(edge), edge.outputs, edge.model_name)
     return edge
 
 

@@ -12,6 +12,7 @@ import math
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
@@ -326,7 +327,7 @@ def build(kind: type[T], values: Mapping[str, Value]) -> T:
     Raises:
         UsageError: a value of the wrong kind or outside its range; the sentence names both.
     """
-    hints = get_type_hints(kind)
+    hints = _types(kind)  # type: ignore[arg-type]
     declared = fields(kind)  # type: ignore[arg-type]
     return kind(
         **{
@@ -335,6 +336,12 @@ def build(kind: type[T], values: Mapping[str, Value]) -> T:
             if key(item.name) in values
         }
     )
+
+
+@lru_cache(maxsize=64)
+def _types(kind: type) -> dict[str, Any]:
+    # Python evaluates each annotation anew, and a simulation makes its clients' settings often.
+    return get_type_hints(kind)
 
 
 def refuse_unknown(

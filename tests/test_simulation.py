@@ -103,6 +103,23 @@ def test_a_client_of_which_no_worker_holds_anything_goes_on_from_the_store(tmp_p
     ]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="a spawned worker knows nothing of the patch")
+def test_a_network_is_tried_before_its_clients_first_work_and_not_when_it_is_made_again(
+    tmp_path, monkeypatch
+):
+    tried = tmp_path / "tried"
+
+    def note(*words):
+        with tried.open("ab", buffering=0) as file:
+            file.write(b".")
+
+    monkeypatch.setattr("clients.edge.try_one_batch", note)
+    federation = InProcessFederation(**FEDAVG | {"clients": 6})
+    with simulation(tmp_path, federation, 2, live=1) as grid:
+        digest_of(federation, grid)
+    assert tried.read_bytes() == b"." * 6
+
+
 def test_nothing_shared_is_left(tmp_path):
     federation = InProcessFederation(**FEDAVG | {"model": "mlp", "models": "mlp"})
     with simulation(tmp_path, federation) as grid:

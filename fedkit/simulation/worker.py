@@ -188,6 +188,7 @@ class _Worker:
                 self._equipment.first_node + task.client, dict(self._equipment.nodes[task.client])
             )
             context.run_config = dict(self._equipment.run_config)
+            context._fedkit_tried = task.version > 0  # type: ignore[attr-defined]
             for name, record in self._store.recall(task.client).items():
                 context.state[name] = record
             live = _Live(context, task.version, _marks(context.state))

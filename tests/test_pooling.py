@@ -90,7 +90,7 @@ def test_a_network_trains_to_the_same_weights(name):
 
 
 @pytest.mark.parametrize("where", [0, 1])
-def test_many_networks_as_one_have_the_gradients_of_each(where, monkeypatch):
+def test_within_vmap_it_is_torchs(where, monkeypatch):
     monkeypatch.setattr(pooling, "LEAST", 1)
     images = torch.randn(3, 2, 4, 6, 6, generator=torch.Generator().manual_seed(1)).round()
     images = images.movedim(0, where).contiguous().requires_grad_()

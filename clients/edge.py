@@ -21,7 +21,7 @@ from fedkit.data.splits import ClientData, FederatedData
 from fedkit.errors import UsageError
 from fedkit.models.budget import check_budget
 from fedkit.models.build import build_model, restored
-from fedkit.models.device import pick_device, repeatable
+from fedkit.models.device import compute_with, pick_device, repeatable
 from fedkit.models.files import about_of
 from fedkit.models.measure import batch_on
 from fedkit.models.trial import try_one_batch
@@ -167,7 +167,7 @@ def edge_of(context: Context) -> Edge:
 def _build(context: Context) -> Edge:
     settings = build(FederationSettings, context.run_config)
     node = context.node_config
-    torch.set_num_threads(settings.threads)
+    compute_with(settings.threads)
     repeatable()
     client = int(node["partition-id"])
     device = pick_device(str(node.get("device", "auto")))

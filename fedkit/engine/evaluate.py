@@ -16,7 +16,7 @@ from fedkit.data.names import OWN
 from fedkit.data.samples import DataSet, Samples
 from fedkit.data.splits import FederatedData, cut
 from fedkit.errors import FedkitError, UsageError
-from fedkit.models.device import pick_device, repeatable
+from fedkit.models.device import compute_with, pick_device, repeatable
 from fedkit.models.files import About, SavedModel, network, of_known_network
 from fedkit.models.measure import measure
 from fedkit.settings import DataSettings, FederationSettings
@@ -43,7 +43,7 @@ def evaluate(
         FedkitError: the model's file or the data are damaged, missing, or do not fit each other.
     """
     about, model = of_known_network(saved), network(saved)
-    torch.set_num_threads(about.federation.threads)
+    compute_with(about.federation.threads)
     repeatable()
     where = pick_device(device or ("cpu" if about.client is None else "auto"))
     model = model.to(where)

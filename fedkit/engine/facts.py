@@ -8,7 +8,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import torch
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from threadpoolctl import threadpool_limits
 from torch import nn
@@ -24,6 +23,7 @@ from fedkit.engine.roster import NothingToSend
 from fedkit.engine.strategy import Facts, ServerModels
 from fedkit.knowledge.arrays import as_arrays, as_record
 from fedkit.models.build import restored
+from fedkit.models.device import compute_with
 from fedkit.models.files import about_of, save_model
 from fedkit.models.measure import measure
 from fedkit.models.schedules import largest_batch
@@ -57,7 +57,7 @@ class ServerView:
     def __init__(self, plan: Plan) -> None:
         """Load and cut; raises as ``fedkit.data.splits.cut`` does."""
         self._settings = plan.federation
-        torch.set_num_threads(plan.federation.threads)
+        compute_with(plan.federation.threads)
         # NumPy's sums hang on the number of threads as well.
         self._limits = threadpool_limits(plan.federation.threads)
         self._send_public = plan.server.send_public

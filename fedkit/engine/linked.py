@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from fedkit import __version__
+from fedkit.allocator import give_back_freed
 from fedkit.engine.state import StateDirectory
 from fedkit.errors import FedkitError, UsageError, error_of
 from fedkit.link.client import Answer, LinkClient
@@ -202,4 +203,5 @@ class LinkedClient:
         assert self._membership is not None, "instructions come after the welcome"
         answer = self._membership.work(key, buffers)
         self._failed = answer.fatal is not None
+        give_back_freed()
         return answer

@@ -65,9 +65,9 @@ class Workers:
 
 
 def _start(threads: int) -> None:
-    import torch
+    from fedkit.models.device import compute_with
 
-    torch.set_num_threads(threads)
+    compute_with(threads)
     end_with_parent()
 
 

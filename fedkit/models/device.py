@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from fedkit.allocator import keep_freed
 from fedkit.errors import FedkitError
 
 
@@ -32,6 +33,12 @@ def pick_devices(name: str) -> list[torch.device]:
     if device.type != "cuda" or device.index is not None:
         return [device]
     return [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+
+
+def compute_with(threads: int) -> None:
+    """In a process that trains or predicts: so many threads, and memory for a batch serves the next."""
+    torch.set_num_threads(threads)
+    keep_freed()
 
 
 def repeatable() -> None:

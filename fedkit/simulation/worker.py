@@ -113,12 +113,12 @@ class _Live:
 
 def work(pipe: Connection, equipment: Equipment) -> None:
     """Answer tasks until the pipe is closed; the whole life of a worker process."""
-    import torch
+    from fedkit.models.device import compute_with
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that started this one ends it
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     end_with_parent()
-    torch.set_num_threads(int(equipment.run_config["threads"]))
+    compute_with(int(equipment.run_config["threads"]))
     take_identity(equipment.first_node)
     worker = _Worker(equipment)
     while True:

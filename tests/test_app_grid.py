@@ -167,6 +167,25 @@ def test_what_nobody_pulls_is_forgotten_in_the_end(served, grid, monkeypatch):
     assert list(grid._sent) == [kept] != [forgotten]
 
 
+def test_two_threads_that_forget_the_same_message_tell_it_once(served, grid, told, monkeypatch):
+    monkeypatch.setattr(app_grid, "FORGOTTEN_AFTER_S", 0.0)
+    served.raw().joined()
+    (node,) = served.nodes(1)
+    grid.push_messages([message(node, ttl=0.05)])
+    time.sleep(0.1)
+    withdraw = served.link.withdraw
+
+    def withdrawn(keys):
+        # The other thread comes in between seeing what is late and settling it.
+        monkeypatch.setattr(served.link, "withdraw", withdraw)
+        grid.push_messages([])
+        withdraw(keys)
+
+    monkeypatch.setattr(served.link, "withdraw", withdrawn)
+    assert grid.push_messages([]) == []
+    assert [event.event for event in told] == ["sent", "expired"]
+
+
 @serving(grace=0.1)
 def test_who_is_gone_is_answered_for_by_an_error(served, grid, told):
     served.raw().joined().vanish()

@@ -81,7 +81,7 @@ class AppGrid(EngineGrid):
             ValueError: a message without content, or with no time to live.
         """
         self._forget_expired()
-        return self._push_all(messages, None)
+        return list(self._push_all(messages, None))
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
         """The replies that have come to some messages; does not wait.
@@ -90,7 +90,8 @@ class AppGrid(EngineGrid):
         error, as on Flower's own engine.
         """
         wanted = dict.fromkeys(message_ids)
-        known = [key for key in wanted if key in self._sent]
+        with self._lock:
+            known = {key: self._sent[key] for key in wanted if key in self._sent}
         replies = self._take(known, time.monotonic())
         strange = [unknown_reply(key, self._run.run_id) for key in wanted if key not in known]
         return [*replies.values(), *strange]
@@ -105,23 +106,23 @@ class AppGrid(EngineGrid):
         """
         self._forget_expired()
         deadline = None if timeout is None else time.monotonic() + timeout
-        keys = self._push_all(messages, deadline)
-        replies: dict[str, Message] = {}
-        while len(replies) < len(keys):
-            waiting = [key for key in keys if key not in replies]
+        waiting = self._push_all(messages, deadline)
+        replies: dict[str, Message | None] = dict.fromkeys(waiting)
+        while waiting:
             came = self._take(waiting, deadline)
             if not came:
                 break
             replies |= came
-        return [replies[key] for key in keys if key in replies]
+            waiting = {key: sent for key, sent in waiting.items() if key not in came}
+        return [reply for reply in replies.values() if reply is not None]
 
-    def _push_all(self, messages: Iterable[Message], deadline: float | None) -> list[str]:
-        keys = [self._push(message, deadline) for message in messages]
+    def _push_all(self, messages: Iterable[Message], deadline: float | None) -> dict[str, _Sent]:
+        pushed = dict(self._push(message, deadline) for message in messages)
         with self._lock:
             self._contents.clear()
-        return keys
+        return pushed
 
-    def _push(self, message: Message, deadline: float | None) -> str:
+    def _push(self, message: Message, deadline: float | None) -> tuple[str, _Sent]:
         meta = message.metadata
         if not message.has_content() or meta.ttl <= 0:
             raise ValueError(f"Invalid message: it has no content or no time to live: {message}")
@@ -135,62 +136,63 @@ class AppGrid(EngineGrid):
             self._tell("sent", sent, None, parcel.size)
         room = expires if deadline is None else min(expires, deadline)
         self._link.send(meta.dst_node_id, key, parcel, ACCOUNT + meta.message_type, room)
-        return key
+        return key, sent
 
-    def _take(self, keys: list[str], deadline: float | None) -> dict[str, Message]:
-        """Replies to some of ``keys``, which were pushed: at least one, unless the deadline passed."""
+    def _take(self, waiting: Mapping[str, _Sent], deadline: float | None) -> dict[str, Message]:
+        """Replies to some of what was pushed: at least one, unless the deadline passed."""
         while True:
-            until = min((self._sent[key].expires for key in keys), default=0.0)
+            until = min((sent.expires for sent in waiting.values()), default=0.0)
             until = until if deadline is None else min(until, deadline)
-            came = self._link.take(keys, until)
+            came = self._link.take(list(waiting), until)
             if came:
-                return {key: self._reply(key, result) for key, result in came.items()}
+                return {key: self._reply(key, waiting[key], result) for key, result in came.items()}
             now = time.monotonic()
-            late = [key for key in keys if self._sent[key].expires <= now]
+            late = {key: sent for key, sent in waiting.items() if sent.expires <= now}
             if late:
-                return {key: self._expired(key) for key in late}
+                return {key: self._expired(key, sent) for key, sent in late.items()}
             if deadline is not None and now >= deadline:
                 return {}
 
-    def _reply(self, key: str, result: Reply | Lost) -> Message:
-        sent = self._settled(key)
+    def _reply(self, key: str, sent: _Sent, result: Reply | Lost) -> Message:
         message = sent.envelope
         if isinstance(result, Lost):
-            return self._told("lost", unavailable_reply(message, result.reason), sent, 0)
+            return self._settled(key, "lost", unavailable_reply(message, result.reason), sent, 0)
         try:
             reply = decode_message(result.take(), described=False)
             if reply.has_error():
                 error = Error(reply.error.code, plain(reply.error.reason))
-                return self._told("failed", Message(error, reply_to=message), sent, result.size)
+                failure = Message(error, reply_to=message)
+                return self._settled(key, "failed", failure, sent, result.size)
             # Who answered, and when that was here, is what the link knows.
             answer = Message(reply.content, reply_to=message)
         except ValueError as error:
             unreadable = error_reply(message, f"its reply can't be read: {error}")
-            return self._told("failed", unreadable, sent, result.size)
+            return self._settled(key, "failed", unreadable, sent, result.size)
         answer.metadata.created_at = result.came_at
-        return self._told("answered", answer, sent, result.size)
+        return self._settled(key, "answered", answer, sent, result.size)
 
-    def _expired(self, key: str) -> Message:
+    def _expired(self, key: str, sent: _Sent) -> Message:
         self._link.withdraw([key])
-        sent = self._settled(key)
-        return self._told("expired", expired_reply(sent.envelope), sent, 0)
-
-    def _settled(self, key: str) -> _Sent:
-        with self._lock:
-            return self._sent.pop(key)
+        return self._settled(key, "expired", expired_reply(sent.envelope), sent, 0)
 
     def _forget_expired(self) -> None:
         """Replies that nobody pulls do not wait for ever."""
         now = time.monotonic()
         with self._lock:
-            late = [k for k, sent in self._sent.items() if sent.expires + FORGOTTEN_AFTER_S <= now]
-        for key in late:
-            self._expired(key)
+            late = {
+                key: sent
+                for key, sent in self._sent.items()
+                if sent.expires + FORGOTTEN_AFTER_S <= now
+            }
+        for key, sent in late.items():
+            self._expired(key, sent)
 
-    def _told(self, outcome: str, reply: Message, sent: _Sent, size: int) -> Message:
+    def _settled(self, key: str, outcome: str, reply: Message, sent: _Sent, size: int) -> Message:
         reason = reply.error.reason if reply.has_error() else None
         with self._lock:
-            self._tell(outcome, sent, reason, size)
+            # Of several threads that find a message settled, one tells.
+            if self._sent.pop(key, None) is not None:
+                self._tell(outcome, sent, reason, size)
         return reply
 
     def _tell(self, outcome: str, sent: _Sent, reason: str | None, size: int) -> None:

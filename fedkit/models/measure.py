@@ -9,7 +9,7 @@ from torch.nn import functional
 from fedkit.data.samples import Samples
 
 # On a CPU the activations of a larger batch leave the cache: a small CNN on 10,000 MNIST images takes
-# 1.8 s with 64 and 4.4 s with 512 (one thread). A GPU wants them large.
+# 1.2 s with 64 and 2.0 s with 512 (one thread). A GPU wants them large.
 CPU_BATCH, GPU_BATCH = 64, 1024
 
 
